@@ -1,0 +1,52 @@
+"""hf_lowbit: published low-bit methods for the Hugging Face ecosystem.
+
+Importing registers every installed method with transformers, and with diffusers and PEFT as soon as those are
+imported. Everything else is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from hf_lowbit.integrations.registration import register_all
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "ConfigError": "hf_lowbit.config",
+    "LowRankConfig": "hf_lowbit.config",
+    "LowbitConfig": "hf_lowbit.config",
+    "Method": "hf_lowbit.method",
+    "MethodName": "hf_lowbit.config",
+    "Recipe": "hf_lowbit.method",
+    "Report": "hf_lowbit.reporting",
+    "dequantize": "hf_lowbit.quantization",
+    "load": "hf_lowbit.plain",
+    "methods": "hf_lowbit.method",
+    "prepare_for_training": "hf_lowbit.integrations.peft",
+    "push_to_hub": "hf_lowbit.integrations.hub",
+    "quantize": "hf_lowbit.quantization",
+    "report": "hf_lowbit.integrations.hub",
+    "save": "hf_lowbit.plain",
+}
+
+register_all()
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, and the config class of every installed method."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    from hf_lowbit.method import methods
+
+    for method in methods().values():
+        if method.config_class.__name__ == name:
+            return method.config_class
+    raise AttributeError(f"module 'hf_lowbit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from hf_lowbit.method import methods
+
+    return sorted([*globals(), *_LAZY, *(method.config_class.__name__ for method in methods().values())])

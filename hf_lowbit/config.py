@@ -1,0 +1,228 @@
+"""LowbitConfig: the strict configuration that every method's config extends."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_lowbit.formats import ActivationSpec, SpecError, WeightSpec
+from hf_lowbit.formats.number_format import default_bits
+from hf_lowbit.formats.spec import GroupSize
+from hf_lowbit.nn import LayerSpec
+from hf_lowbit.plan import PlanError, check_entries
+from hf_lowbit.plan.patterns import check_patterns, first_match
+
+FORMAT_VERSION = 1
+BACKENDS = ("reference",)
+_FORMAT_FIELDS = ("format", "bits", "group_size", "symmetric", "scale_dtype", "packing", "exponent", "codebook")
+_ACTIVATION_FIELDS = ("activation_bits", "activation_format")
+_RUNTIME_FIELDS = ("dataset",)  # never written: a config holds no data
+_STORED_FIELDS = ("plan", "provenance")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be: unknown or out-of-range fields. Raised before any weight is read."""
+
+
+class MethodName(str):
+    """A quant_method: a plain string to transformers, with the ``.value`` that diffusers reads of an enum."""
+
+    @property
+    def value(self) -> str:
+        """The plain string."""
+        return str(self)
+
+
+@dataclass(frozen=True)
+class LowRankConfig:
+    """Low-rank compensation of the rounding error: W is replaced by Q(W) + B A.
+
+    Attributes:
+        rank: r of A ``[r, in]`` and B ``[out, r]``.
+        metric: what the truncated SVD minimises; "identity" is the error's Frobenius norm (ZeroQuant-V2's LoRC, arXiv
+            2303.08302), which needs no data.
+        keep: "branch": inside the packed layer, saved and reloaded with it; "adapter": a PEFT adapter, attached at
+            once and saved beside the packed base in ``lowbit_adapter/``.
+    """
+
+    rank: int = 32
+    metric: str = "identity"
+    keep: str = "branch"
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise ConfigError(f"low_rank.rank must be a positive integer, not {self.rank!r}")
+        if self.metric != "identity":
+            raise ConfigError(f"low_rank.metric={self.metric!r} is not supported; supported: 'identity'")
+        if self.keep not in ("branch", "adapter"):
+            raise ConfigError(f"low_rank.keep={self.keep!r} is not supported; supported: 'branch', 'adapter'")
+
+
+@dataclass(kw_only=True, repr=False)
+class LowbitConfig(QuantizationConfigMixin):
+    """Fields that every method shares. Unknown and out-of-range fields raise :class:`ConfigError`.
+
+    Attributes:
+        format, bits, group_size, symmetric, scale_dtype, packing, exponent, codebook: the weights' number format and
+            granularity (:class:`hf_lowbit.formats.WeightSpec`); bits=None takes the format's own width.
+        activation_bits, activation_format: dynamic per-token quantization of inputs: 4, 6 or 8 bits of "int"
+            (the default format when bits are given), or "float8_e4m3fn". None: full precision.
+        quantize_embeddings, quantize_lm_head: also pack these; either one packs both where they are tied.
+        modules_to_not_convert: names or regular expressions of modules that stay in full precision.
+        overrides: {name or regular expression: {field: value}} for formats and activations of single modules; the
+            first pattern that matches counts.
+        strict_groups: refuse groups that do not divide a layer's input instead of taking the largest divisor.
+        low_rank: compensation of the rounding error, or None.
+        backend: force a kernel backend; None picks.
+        dataset, num_samples, sequence_length, seed: calibration data, for methods that need it. The data itself is
+            never stored.
+        plan: the final plan as stored; set by quantization.
+        provenance: what made the checkpoint (versions, source, data name, seed).
+    """
+
+    quant_method: ClassVar[MethodName] = MethodName("lowbit")  # type: ignore[misc]
+
+    format: str = "int"
+    bits: int | None = None
+    group_size: GroupSize = None
+    symmetric: bool = True
+    scale_dtype: str = "bfloat16"
+    packing: str = "dense"
+    exponent: float | None = None
+    codebook: list[float] | None = None
+    activation_bits: int | None = None
+    activation_format: str | None = None
+    quantize_embeddings: bool = False
+    quantize_lm_head: bool = False
+    modules_to_not_convert: list[str] | None = None
+    overrides: dict[str, dict[str, Any]] | None = None
+    strict_groups: bool = False
+    low_rank: LowRankConfig | None = None
+    backend: str | None = None
+    dataset: Any = None
+    num_samples: int = 128
+    sequence_length: int = 512
+    seed: int = 0
+    plan: list[dict[str, Any]] | None = field(default=None)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __new__(cls, *args: Any, **values: Any) -> LowbitConfig:
+        """Refuse unknown fields by name before the dataclass' own error would."""
+        check_field_names(cls, values)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.low_rank, dict):
+            check_field_names(LowRankConfig, self.low_rank, "low_rank")
+            self.low_rank = LowRankConfig(**self.low_rank)
+        try:
+            if self.bits is None:
+                self.bits = default_bits(self.format, self.codebook)
+            check_patterns((*(self.modules_to_not_convert or ()), *(self.overrides or ())))
+            self._layer_spec({})
+            for pattern, values in (self.overrides or {}).items():
+                unknown = sorted(set(values) - set(_FORMAT_FIELDS) - set(_ACTIVATION_FIELDS))
+                if unknown:
+                    allowed = ", ".join((*_FORMAT_FIELDS, *_ACTIVATION_FIELDS))
+                    raise ConfigError(f"overrides[{pattern!r}] cannot set {', '.join(unknown)}; it can set {allowed}")
+                self._layer_spec(values)
+            if self.plan is not None:
+                check_entries(self.plan)
+        except (SpecError, PlanError, ValueError) as error:
+            raise ConfigError(f"{type(self).__name__}: {error}") from None
+        self._check_plain_fields()
+
+    def _check_plain_fields(self) -> None:
+        flags = ("symmetric", "quantize_embeddings", "quantize_lm_head", "strict_groups")
+        for name in flags:
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{type(self).__name__}: {name} must be True or False, not {getattr(self, name)!r}")
+        for name in ("num_samples", "sequence_length"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ConfigError(f"{type(self).__name__}: {name} must be a positive integer, not {getattr(self, name)!r}")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ConfigError(
+                f"{type(self).__name__}: backend={self.backend!r} is not available; available: {', '.join(BACKENDS)}"
+            )
+        if self.low_rank is not None and not isinstance(self.low_rank, LowRankConfig):
+            raise ConfigError(f"{type(self).__name__}: low_rank must be a LowRankConfig, not {self.low_rank!r}")
+
+    def layer_spec(self, name: str) -> LayerSpec:
+        """The specification of the module called ``name``: the config's fields, then the first matching override's."""
+        pattern = first_match(self.overrides or (), name)
+        return self._layer_spec(self.overrides[pattern] if self.overrides and pattern else {})
+
+    def _layer_spec(self, overrides: dict[str, Any]) -> LayerSpec:
+        values = {name: getattr(self, name) for name in (*_FORMAT_FIELDS, *_ACTIVATION_FIELDS)}
+        if overrides.get("format", self.format) != self.format:  # parameters of another format do not carry over
+            values.update(exponent=None, codebook=None, packing="dense")
+            values["bits"] = default_bits(overrides["format"], overrides.get("codebook"))
+        values.update(overrides)
+        activation_bits, activation_format = (values.pop(name) for name in _ACTIVATION_FIELDS)
+        activation = None
+        if activation_bits is not None or activation_format is not None:
+            bits = 8 if activation_bits is None else activation_bits
+            name = {None: "int", "fp_e4m3fn": "float8_e4m3fn"}.get(activation_format, activation_format)
+            activation = ActivationSpec(name, bits)
+        if values["codebook"] is not None:
+            values["codebook"] = tuple(values["codebook"])
+        rank = self.low_rank.rank if self.low_rank is not None and self.low_rank.keep == "branch" else 0
+        return LayerSpec(WeightSpec(**values), activation, rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is stored: fields that differ from their defaults, format version and plan; never data."""
+        values: dict[str, Any] = {"quant_method": str(self.quant_method), "format_version": FORMAT_VERSION}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            always = f.name in ("format", "bits", "group_size")
+            if f.name not in _RUNTIME_FIELDS and (always or value != default):
+                values[f.name] = asdict(value) if isinstance(value, LowRankConfig) else copy.deepcopy(value)
+        return values
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: unknown fields, another method's config, or a newer format version.
+        """
+        values = {**config_dict, **kwargs}
+        method, version = values.pop("quant_method", cls.quant_method), values.pop("format_version", FORMAT_VERSION)
+        if getattr(method, "value", method) != cls.quant_method:
+            raise ConfigError(f"this is a config of {method!r}, not of {str(cls.quant_method)!r}")
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+            raise ConfigError(
+                f"format_version={version!r} is not readable by this hf_lowbit (up to {FORMAT_VERSION}); upgrade hf_lowbit"
+            )
+        config = cls(**values)
+        return (config, {}) if return_unused_kwargs else config
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_dict`; diffusers calls it without defining it."""
+        return self.to_dict()
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LowbitConfig:
+        """A copy that shares the dataset: from_pretrained copies configs, data must not be."""
+        return replace(self, plan=copy.deepcopy(self.plan, memo), provenance=copy.deepcopy(self.provenance, memo))
+
+    def __repr__(self) -> str:
+        values = {k: v for k, v in self.to_dict().items() if k not in ("quant_method", "format_version", *_STORED_FIELDS)}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+
+def check_field_names(cls: type, values: dict[str, Any], where: str = "") -> None:
+    """Raise ConfigError for a key of ``values`` that is no field of ``cls``, naming the closest one."""
+    known = [f.name for f in fields(cls)]
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
+            raise ConfigError(f"{cls.__name__} has no field {f'{where}.' if where else ''}{name}; {hint}")

@@ -1,0 +1,174 @@
+"""NumberFormat: what the codes of a weight or activation mean, and the lookup of formats by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats import tables
+
+_FLOATING_POINT = re.compile(r"fp_e(\d)m(\d)")
+_TORCH_FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+_INTEGER_MULTIPLIERS = (1, 2, 4, 8, 16)  # E2M1 times 2 is an integer, and so on
+
+
+@dataclass(frozen=True, eq=False)
+class NumberFormat:
+    """A named table of 2^bits values.
+
+    Attributes:
+        name: canonical name, as written on disk.
+        bits: width of a code.
+        table: float32 ``[2^bits]``; value of each code before scaling. Codes of infinities and NaN exist in the
+            torch float8 variants only and are never produced by :meth:`encode`.
+    """
+
+    name: str
+    bits: int
+    table: Tensor
+    _order: Tensor = field(init=False, repr=False)
+    _boundaries: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        codes = torch.arange(len(self.table))[torch.isfinite(self.table)]
+        values, first = torch.unique(self.table[codes] + 0.0, return_inverse=True)  # + 0.0 turns -0 into +0
+        lowest = torch.full((len(values),), len(self.table)).scatter_reduce(0, first, codes, "amin")
+        object.__setattr__(self, "_order", lowest.to(torch.uint8))
+        object.__setattr__(self, "_boundaries", (values[1:] + values[:-1]) / 2)
+
+    @property
+    def max_value(self) -> float:
+        """Largest finite magnitude of the table: what the largest weight of a group is scaled to."""
+        return self.table[torch.isfinite(self.table)].abs().max().item()
+
+    @property
+    def is_integer_grid(self) -> bool:
+        """True when the table is consecutive integers, so that an integer zero point is exact."""
+        return len(self.table) > 2 and bool((self.table[1:] - self.table[:-1] == 1).all())
+
+    @property
+    def integer_multiplier(self) -> int | None:
+        """Smallest m for which m * table fits int8 exactly, so that int8 dot products are exact; None if there is none."""
+        for multiplier in _INTEGER_MULTIPLIERS:
+            scaled = self.table * multiplier
+            if bool((scaled == scaled.round()).all()) and scaled.abs().max() <= 128 and scaled.max() <= 127:
+                return multiplier
+        return None
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Nearest code of each value; ties go to the even code (as IEEE rounding and torch casts do).
+
+        Args:
+            x: float tensor of any shape, already divided by its scale. Values beyond the table saturate.
+
+        Returns:
+            uint8 codes of the same shape.
+        """
+        x = x.float()
+        if self.is_integer_grid:
+            low = self.table[0].item()
+            return (x.round().clamp_(low, self.table[-1].item()) - low).to(torch.uint8)
+        boundaries, order = self._boundaries.to(x.device), self._order.to(x.device)
+        below = order[torch.bucketize(x, boundaries, out_int32=True)]
+        above = order[torch.bucketize(x, boundaries, out_int32=True, right=True)]
+        return torch.where((below & 1) == 0, below, above)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """float32 values of integer codes, unscaled."""
+        return self.table.to(codes.device)[codes.int()]
+
+
+def format_names() -> dict[str, str]:
+    """Every accepted ``format`` name with the widths it allows, for help texts and error messages."""
+    return {
+        "int": "1..8 bits",
+        "fp_eXmY": "2..8 bits, 1 + X + Y, every code finite (for example fp_e2m1, fp_e4m3)",
+        "float8_e4m3fn": "8 bits, the OCP/torch variant (alias fp_e4m3fn)",
+        "float8_e5m2": "8 bits, the OCP/torch variant",
+        "nf": "2..4 bits",
+        "ternary": "2 bits (or 5 per byte with packing='base3')",
+        "power": "2..8 bits, with exponent=a",
+        "codebook": "1..8 bits, 2^bits values given in codebook=[...], or fitted to each tensor when it is None",
+    }
+
+
+def default_bits(name: str, codebook: Sequence[float] | None = None) -> int:
+    """The width a format implies when the user names none. Raises ValueError for an unknown format."""
+    if name == "ternary":
+        return 2
+    if name in ("float8_e4m3fn", "float8_e5m2", "fp_e4m3fn"):
+        return 8
+    if match := _FLOATING_POINT.fullmatch(name):
+        return 1 + int(match[1]) + int(match[2])
+    if name == "codebook" and codebook is not None:
+        return max(1, (len(codebook) - 1).bit_length())
+    if name in format_names():
+        return 4
+    raise ValueError(f"unknown number format {name!r}; known: {'; '.join(f'{k} ({v})' for k, v in format_names().items())}")
+
+
+@lru_cache(maxsize=256)
+def get_format(
+    name: str, bits: int, exponent: float | None = None, codebook: tuple[float, ...] | None = None
+) -> NumberFormat:
+    """Look up a format by name and width.
+
+    Args:
+        name: one of :func:`format_names`.
+        bits: code width; must agree with the name where the name fixes it.
+        exponent: the power exponent a of ``power``, 0 < a <= 4.
+        codebook: 2^bits finite values of ``codebook``, ascending and distinct.
+
+    Raises:
+        ValueError: unknown name, a width the format does not have, or a missing or invalid parameter.
+    """
+    if name == "fp_e4m3fn":
+        name = "float8_e4m3fn"
+    expected = default_bits(name, codebook)
+    if name == "int":
+        _check_bits(name, bits, 1, 8)
+        return NumberFormat(name, bits, tables.integer(bits))
+    if name == "nf":
+        _check_bits(name, bits, 2, 4)
+        return NumberFormat(name, bits, tables.normal_float(bits))
+    if name == "power":
+        _check_bits(name, bits, 2, 8)
+        if exponent is None or not 0 < exponent <= 4:
+            raise ValueError(f"format 'power' needs an exponent with 0 < exponent <= 4, got {exponent}")
+        return NumberFormat(name, bits, tables.power(bits, exponent))
+    if name == "codebook":
+        _check_bits(name, bits, 1, 8)
+        return NumberFormat(name, bits, _codebook_table(bits, codebook))
+    if bits != expected:
+        raise ValueError(f"format {name!r} has {expected} bits, not bits={bits}")
+    if name == "ternary":
+        return NumberFormat(name, bits, tables.ternary())
+    if name in _TORCH_FLOAT8:
+        return NumberFormat(name, bits, tables.torch_float8(_TORCH_FLOAT8[name]))
+    match = _FLOATING_POINT.fullmatch(name)
+    assert match is not None  # default_bits accepted the name
+    exponent_bits, mantissa_bits = int(match[1]), int(match[2])
+    if exponent_bits < 1 or not 2 <= expected <= 8:
+        raise ValueError(f"format {name!r} is not one of 2..8 bits with at least one exponent bit")
+    return NumberFormat(name, bits, tables.floating_point(exponent_bits, mantissa_bits))
+
+
+def _check_bits(name: str, bits: int, low: int, high: int) -> None:
+    if not low <= bits <= high:
+        raise ValueError(f"format {name!r} allows {low} to {high} bits, not bits={bits}")
+
+
+def _codebook_table(bits: int, codebook: tuple[float, ...] | None) -> Tensor:
+    if codebook is None:
+        raise ValueError("this codebook is fitted to each tensor: its table is stored with the weight, not in the config")
+    table = torch.tensor(codebook, dtype=torch.float32)
+    if len(codebook) != 2**bits:
+        raise ValueError(f"a codebook of {bits} bits has {2**bits} values, not {len(codebook)}")
+    if not bool(torch.isfinite(table).all()) or not bool((table[1:] > table[:-1]).all()) or not bool(table.abs().max() > 0):
+        raise ValueError("a codebook's values must be finite, distinct and in ascending order")
+    return table

@@ -1,0 +1,160 @@
+"""Specifications: all that a reload needs to know of one tensor, as plain data that goes into the config."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from hf_lowbit.formats.number_format import NumberFormat, get_format
+from hf_lowbit.formats.packing import packed_columns
+
+SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+GroupSize = int | Literal["tensor"] | None
+
+
+class SpecError(ValueError):
+    """A specification that cannot be: unknown fields, or values out of range."""
+
+
+def bit_pattern_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The integer type that stores a float's bits: loaders cast floats, they leave integers alone."""
+    return {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """How one weight is stored: number format, granularity and packing.
+
+    Attributes:
+        format, bits, exponent, codebook: the number format (see :func:`hf_lowbit.formats.get_format`); a codebook
+            of None is fitted to the tensor and stored with it.
+        group_size: g weights along the input share a scale; None: a whole row; "tensor": all of it.
+        symmetric: False adds a zero point per scale, w = scale * (table[code] - zero_point).
+        scale_dtype: bfloat16, float16 or float32; stored as its integer bit pattern.
+        packing: "dense", or "base3" (five per byte) for ternary.
+    """
+
+    format: str = "int"
+    bits: int = 4
+    group_size: GroupSize = None
+    symmetric: bool = True
+    scale_dtype: str = "bfloat16"
+    packing: str = "dense"
+    exponent: float | None = None
+    codebook: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.codebook is not None:
+            object.__setattr__(self, "codebook", tuple(float(v) for v in self.codebook))
+        if type(self.bits) is not int:
+            raise SpecError(f"bits must be an integer, not {self.bits!r}")
+        if self.group_size == -1:
+            raise SpecError("group_size=-1 is not accepted; use None for one scale per row")
+        is_count = type(self.group_size) is int and self.group_size > 0
+        if not (self.group_size is None or self.group_size == "tensor" or is_count):
+            raise SpecError(f"group_size must be a positive integer, None (per row) or 'tensor', not {self.group_size!r}")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise SpecError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, not {self.scale_dtype!r}")
+        if self.packing not in ("dense", "base3"):
+            raise SpecError(f"packing must be 'dense' or 'base3', not {self.packing!r}")
+        if self.packing == "base3" and self.format != "ternary":
+            raise SpecError(f"packing='base3' holds three values per code; format {self.format!r} has more")
+        if self.format == "ternary" and not self.symmetric:
+            raise SpecError("format 'ternary' is symmetric; symmetric=False needs another format")
+        if self.has_fitted_table:
+            if not 1 <= self.bits <= 8:
+                raise SpecError(f"format 'codebook' allows 1 to 8 bits, not bits={self.bits}")
+        else:
+            try:
+                get_format(self.format, self.bits, self.exponent, self.codebook)
+            except ValueError as error:
+                raise SpecError(str(error)) from None
+
+    @property
+    def has_fitted_table(self) -> bool:
+        """True when the table belongs to the tensor and is stored with it (companion ``weight_table``)."""
+        return self.format == "codebook" and self.codebook is None
+
+    @property
+    def number_format(self) -> NumberFormat:
+        """The format this spec names. Raises ValueError when the table is fitted per tensor."""
+        return get_format(self.format, self.bits, self.exponent, self.codebook)
+
+    @property
+    def has_integer_zero_point(self) -> bool:
+        """Integer grids have integer zero points, packed like codes; other tables have a real one."""
+        return not self.symmetric and self.format == "int" and self.bits > 1
+
+    def groups(self, columns: int) -> int:
+        """Scales per row of ``columns`` inputs. Raises SpecError when the group does not divide the row."""
+        if self.group_size is None or self.group_size == "tensor":
+            return 1
+        if columns % self.group_size:
+            raise SpecError(f"group_size={self.group_size} does not divide the input width {columns}")
+        return columns // self.group_size
+
+    def companions(self, leading: tuple[int, ...], columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Suffix -> (shape, dtype) of every stored tensor of a weight ``[*leading, columns]``; "" is the codes.
+
+        ``leading`` is (rows,), or (experts, rows): experts keep one scale per row even for "tensor" granularity,
+        because transformers splits and merges expert tensors along their first two dimensions.
+        """
+        scale_leading = (1,) if self.group_size == "tensor" and len(leading) == 1 else leading
+        groups = self.groups(columns)
+        scale_type = bit_pattern_dtype(SCALE_DTYPES[self.scale_dtype])
+        stored = {"": ((*leading, packed_columns(columns, self.bits, self.packing)), torch.int32)}
+        stored["_scale"] = ((*scale_leading, groups), scale_type)
+        if self.has_integer_zero_point:
+            stored["_zero_point"] = ((*scale_leading, packed_columns(groups, self.bits)), torch.int32)
+        elif not self.symmetric:
+            stored["_zero_point"] = ((*scale_leading, groups), scale_type)
+        if self.has_fitted_table:
+            stored["_table"] = ((2**self.bits,), torch.int32)
+        return stored
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields that differ from the defaults, except that format, bits and group_size are always there."""
+        always = ("format", "bits", "group_size")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in always or getattr(self, f.name) != f.default}
+        if self.codebook is not None:
+            values["codebook"] = list(self.codebook)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> WeightSpec:
+        """Inverse of :meth:`to_dict`. Raises SpecError for unknown fields."""
+        return _from_dict(cls, values)
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """Dynamic per-token quantization of a layer's input: "int" of 4, 6 or 8 bits, or "float8_e4m3fn"."""
+
+    format: str = "int"
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        allowed = {"int": (4, 6, 8), "float8_e4m3fn": (8,)}
+        if self.format not in allowed or self.bits not in allowed[self.format]:
+            raise SpecError(
+                "activations are quantized to format 'int' with 4, 6 or 8 bits or to 'float8_e4m3fn', "
+                f"not to {self.format!r} with {self.bits} bits"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ActivationSpec:
+        """Inverse of :meth:`to_dict`. Raises SpecError for unknown fields."""
+        return _from_dict(cls, values)
+
+
+def _from_dict(cls: type, values: dict[str, Any]) -> Any:
+    unknown = sorted(set(values) - {f.name for f in fields(cls)})
+    if unknown:
+        raise SpecError(f"unknown field(s) in a {cls.__name__}: {', '.join(unknown)}")
+    return cls(**values)

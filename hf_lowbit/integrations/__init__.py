@@ -1,0 +1,1 @@
+"""Adapters to the Hugging Face libraries: the only code that touches their internals."""

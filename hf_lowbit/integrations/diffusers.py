@@ -1,0 +1,2 @@
+"""x"""
+def register_all(): pass

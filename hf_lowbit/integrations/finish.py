@@ -1,0 +1,71 @@
+"""The end of a load, the same for every library: nothing planned may be left float, nothing loaded may be corrupt."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+
+from torch import nn
+
+from hf_lowbit.config import LowbitConfig
+from hf_lowbit.nn import CorruptWeightError
+from hf_lowbit.plan import Plan, packed_modules
+from hf_lowbit.reporting import Report, describe, peak_memory_bytes
+from hf_lowbit.state import QuantizationState, attach_state
+from hf_lowbit.tensorwise import Outcome, QuantizationError
+
+logger = logging.getLogger("hf_lowbit")
+
+
+def finish_quantization(model: nn.Module, config: LowbitConfig, plan: Plan, outcome: Outcome, seconds: float) -> Report:
+    """Check coverage, write the report, remember both on the model.
+
+    Raises:
+        QuantizationError: a planned layer is not packed.
+    """
+    missing = [
+        f"{name}.{parameter}"
+        for name, module in packed_modules(model).items()
+        for parameter in module.packed_parameters
+        if not module.is_packed(parameter)
+    ]
+    missing += [name for name in plan.layers if name not in packed_modules(model)]
+    if missing:
+        raise QuantizationError(
+            f"{len(missing)} of {len(plan.layers)} planned layers were not quantized (is the checkpoint complete?): "
+            f"{', '.join(missing[:10])}"
+        )
+    report = describe(model, str(config.quant_method).removeprefix("lowbit_"))
+    for layer in report.layers:
+        layer.error = outcome.errors.get(layer.name)
+    report.skipped, report.warnings = dict(plan.skipped), list(plan.warnings)
+    report.original_bits, report.seconds, report.peak_memory_bytes = outcome.original_bits, seconds, peak_memory_bytes()
+    config.provenance = {"versions": library_versions(), "seed": config.seed, **config.provenance}
+    state = QuantizationState(config, report, adapters=outcome.adapters)
+    attach_state(model, state)
+    return report
+
+
+def check_loaded(model: nn.Module, plan: Plan) -> None:
+    """Refuse a quantized checkpoint whose tensors contradict its plan or hold impossible values.
+
+    Raises:
+        CorruptWeightError: naming the first such layer.
+    """
+    for name, module in packed_modules(model).items():
+        try:
+            module.check()
+        except CorruptWeightError as error:
+            raise CorruptWeightError(f"{name}: {error}; the checkpoint is damaged or its config was edited") from None
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what made a checkpoint."""
+    names = ("hf-lowbit", "torch", "transformers", "diffusers", "peft")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,87 @@
+"""Products of quantized activations and packed weights, group by group, before any scale is applied.
+
+Each group of the input is one matrix product (a K-slice) of raw codes; its sum is scaled in float32. Two arithmetics:
+ - int8 codes times an integer table: int32 accumulation, exact. Processors without int8 dot products take float32
+   slices of at most 1024 inputs instead, whose sums stay below 2^24 and are therefore the same integers;
+ - anything else (NF, power, fitted tables; float8 activations without float8 units): both sides decode exactly to the
+   input's type and multiply as floats. Reports name this "float (decoded)".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec, unpack_codes
+from hf_lowbit.formats.packed import scales, table_of, zero_points
+
+_EXACT_FLOAT_WIDTH = 1024  # 1024 * 127 * 128 < 2^24: float32 holds every partial sum exactly
+
+
+def multiplies_integers(weight: WeightSpec, activation: ActivationSpec) -> bool:
+    """True when weight and activation codes multiply as integers."""
+    return (
+        activation.format == "int"
+        and not weight.has_fitted_table
+        and weight.number_format.integer_multiplier is not None
+    )
+
+
+def sliced_linear(codes: Tensor, scale: Tensor, packed: PackedTensor, dtype: torch.dtype) -> Tensor:
+    """Activation codes times a packed weight.
+
+    Args:
+        codes: ``[tokens, columns]`` of int8 or float8.
+        scale: float32 ``[tokens, 1]``.
+        packed: ``[rows, columns]``.
+        dtype: the type to multiply decoded values in, where integers cannot.
+
+    Returns:
+        float32 ``[tokens, rows]``.
+    """
+    table, multiplier, product = _arithmetic(codes, packed, dtype)
+    codes = codes if codes.dtype == table.dtype else codes.to(table.dtype)
+    values = table[unpack_codes(packed.weight, packed.spec.bits, packed.columns, packed.spec.packing).int()]
+    weight_scale, zero = scales(packed) / multiplier, zero_points(packed)
+    width = packed.columns // weight_scale.shape[-1]
+    result = torch.zeros(codes.shape[0], values.shape[0], device=codes.device)
+    for group in range(weight_scale.shape[-1]):
+        columns = slice(group * width, (group + 1) * width)
+        sums = product(codes[:, columns], values[:, columns]).float()
+        if zero is not None:
+            sums -= codes[:, columns].float().sum(-1, keepdim=True) * (zero[:, group] * multiplier)
+        result += sums * weight_scale[:, group]
+    return result * scale
+
+
+def _arithmetic(
+    codes: Tensor, packed: PackedTensor, dtype: torch.dtype
+) -> tuple[Tensor, int, Callable[[Tensor, Tensor], Tensor]]:
+    """Table in the type to multiply in, the factor it was multiplied by, and the product."""
+    table = table_of(packed)
+    integers = None if packed.spec.has_fitted_table else packed.spec.number_format.integer_multiplier
+    if codes.dtype == torch.int8 and integers is not None:
+        return (table * integers).to(torch.int8), integers, int8_product
+    exact = dtype != torch.float16 and bool((table.to(dtype).float() == table).all())
+    return table.to(dtype if exact else torch.float32), 1, torch.nn.functional.linear
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """int8 ``[m, k]`` times the transpose of int8 ``[n, k]``: exact integers, as int32 or as float32."""
+    if a.device.type != "cpu" or _has_int8_dot():
+        return torch._int_mm(a.contiguous(), b.t().contiguous())
+    if a.shape[1] <= _EXACT_FLOAT_WIDTH:
+        return torch.nn.functional.linear(a.float(), b.float())
+    slices = zip(a.split(_EXACT_FLOAT_WIDTH, dim=1), b.split(_EXACT_FLOAT_WIDTH, dim=1), strict=True)
+    sums = [torch.nn.functional.linear(x.float(), y.float()).int() for x, y in slices]
+    return torch.stack(sums).sum(0, dtype=torch.int32)
+
+
+@cache
+def _has_int8_dot() -> bool:
+    """Whether this processor has int8 dot products: without them oneDNN's int8 product is 50 times slower than float32."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_vnni", "amx_int8"))

@@ -1,0 +1,94 @@
+"""Methods: what a plugin declares, and how plugins are found."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+
+from torch import Tensor
+
+from hf_lowbit.config import LowbitConfig
+from hf_lowbit.formats import PackedTensor, WeightSpec
+
+ENTRY_POINT_GROUP = "hf_lowbit.methods"
+DOMAINS = ("language", "speech", "diffusion", "state-space", "vision")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The steps of one method. A tensor-wise data-free method is its rounding alone.
+
+    Attributes:
+        rounding: weight ``[..., rows, columns]`` and spec -> packed tensor.
+    """
+
+    rounding: Callable[[Tensor, WeightSpec], PackedTensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One plugin.
+
+    Attributes:
+        name: unique, lower case; ``quant_method`` on disk is ``lowbit_<name>``.
+        config_class: its :class:`LowbitConfig`.
+        recipe: "module:attribute" of a function config -> :class:`Recipe`, imported when it is first needed.
+        summary: one line for tables.
+        paper: where the method comes from.
+        domains: of :data:`DOMAINS`.
+        needs_data: whether it calibrates.
+    """
+
+    name: str
+    config_class: type[LowbitConfig]
+    recipe: str
+    summary: str
+    paper: str
+    domains: tuple[str, ...] = DOMAINS
+    needs_data: bool = False
+
+    def __post_init__(self) -> None:
+        if self.config_class.quant_method != f"lowbit_{self.name}":
+            raise ValueError(
+                f"{self.config_class.__name__}.quant_method must be MethodName('lowbit_{self.name}'), "
+                f"not {self.config_class.quant_method!r}"
+            )
+
+    def make_recipe(self, config: LowbitConfig) -> Recipe:
+        """Import the method's algorithm and build its recipe for a config."""
+        module, _, attribute = self.recipe.partition(":")
+        recipe: Recipe = getattr(importlib.import_module(module), attribute)(config)
+        return recipe
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """Every installed method by name, found through the entry points of the group ``hf_lowbit.methods``.
+
+    A plugin that fails to import is left out with a warning; a name taken twice raises ValueError.
+    """
+    found: dict[str, Method] = {}
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name):
+        try:
+            method = entry.load()
+        except Exception as error:  # a broken plugin must not break the others
+            warnings.warn(f"hf_lowbit: the method plugin {entry.name!r} ({entry.value}) failed to load: {error!r}", stacklevel=2)
+            continue
+        if not isinstance(method, Method):
+            warnings.warn(f"hf_lowbit: the entry point {entry.name!r} ({entry.value}) is not a Method", stacklevel=2)
+            continue
+        if found.setdefault(method.name, method) != method:
+            raise ValueError(f"two plugins provide the method {method.name!r}: {found[method.name]} and {method}")
+    return found
+
+
+def method_of(config: LowbitConfig) -> Method:
+    """The method a config belongs to. Raises ValueError if its plugin is not installed."""
+    name = str(config.quant_method).removeprefix("lowbit_")
+    if name not in methods():
+        raise ValueError(f"the method {name!r} is not installed; installed: {', '.join(methods())}")
+    return methods()[name]

@@ -1,0 +1,25 @@
+"""Packed modules: torch modules whose weights are codes."""
+
+from hf_lowbit.nn.base import CorruptWeightError, PackedModule
+from hf_lowbit.nn.conv import PackedConv1d, PackedConv2d
+from hf_lowbit.nn.embedding import PackedEmbedding
+from hf_lowbit.nn.experts import PackedExperts
+from hf_lowbit.nn.kinds import KINDS, kind_of, refusal_of, register_kind
+from hf_lowbit.nn.linear import PackedConv1D, PackedLinear
+from hf_lowbit.nn.spec import LayerSpec
+
+__all__ = [
+    "KINDS",
+    "CorruptWeightError",
+    "LayerSpec",
+    "PackedConv1D",
+    "PackedConv1d",
+    "PackedConv2d",
+    "PackedEmbedding",
+    "PackedExperts",
+    "PackedLinear",
+    "PackedModule",
+    "kind_of",
+    "refusal_of",
+    "register_kind",
+]

@@ -1,0 +1,162 @@
+"""PackedModule: a module whose weights are codes and companions instead of floats."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowbit.formats import PackedTensor, decode
+from hf_lowbit.formats.packed import from_bits, to_bits
+from hf_lowbit.nn.spec import LayerSpec
+
+_FACTOR_DTYPE = "bfloat16"
+
+
+class CorruptWeightError(ValueError):
+    """Stored tensors that contradict the specification or hold values that cannot be."""
+
+
+class PackedModule(nn.Module):
+    """Base of the packed modules.
+
+    A packed parameter keeps its original name and becomes int32 codes; companions stand beside it as
+    ``<name>_scale``, ``<name>_zero_point``, ``<name>_table``, ``<name>_low_rank_a`` and ``<name>_low_rank_b``. All
+    are integer parameters without gradient (floats as bit patterns), which no cast, ``.half()`` or ``.to(dtype)``
+    changes. Until :meth:`set_packed` is called the parameter is the original float one ("unpacked"): that is the
+    state in which a checkpoint of floats is loaded.
+
+    Attributes:
+        kind: the name under which plans refer to the class.
+        packed_parameters: the parameters that are packed.
+        layer_spec: formats of weights and activations.
+    """
+
+    kind: ClassVar[str]
+    packed_parameters: ClassVar[tuple[str, ...]] = ("weight",)
+    layer_spec: LayerSpec
+
+    @classmethod
+    @abstractmethod
+    def from_float(cls, module: nn.Module, spec: LayerSpec) -> PackedModule:
+        """A packed module in the unpacked state, sharing the float module's parameters."""
+
+    @abstractmethod
+    def to_float(self, dtype: torch.dtype) -> nn.Module:
+        """The ordinary module with dequantized weights, low-rank branch included."""
+
+    @abstractmethod
+    def matrix_shape(self, name: str) -> tuple[tuple[int, ...], int]:
+        """((rows,) or (experts, rows), columns) of a parameter seen as a matrix that maps columns to rows."""
+
+    def to_matrix(self, name: str, weight: Tensor) -> Tensor:
+        """The parameter in its original layout as a matrix ``[..., rows, columns]``."""
+        return weight
+
+    def from_matrix(self, name: str, matrix: Tensor) -> Tensor:
+        """Inverse of :meth:`to_matrix`."""
+        return matrix
+
+    def branches(self, name: str) -> int:
+        """Stacked projections of a parameter that have a low-rank branch each (gate and up: 2)."""
+        return 1
+
+    def companion_shapes(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Parameter name -> (shape, dtype) of everything stored for ``name``, the codes included."""
+        leading, columns = self.matrix_shape(name)
+        stored = {f"{name}{suffix}": value for suffix, value in self.layer_spec.weight.companions(leading, columns).items()}
+        if rank := self.layer_spec.low_rank:
+            stacked = (*leading[:-1], rank * self.branches(name), columns)
+            stored[f"{name}_low_rank_a"] = (stacked, torch.int16)
+            stored[f"{name}_low_rank_b"] = ((*leading, rank), torch.int16)
+        return stored
+
+    def allocate(self, name: str, packed: bool) -> None:
+        """Create empty companions on the parameter's device; with ``packed`` also empty codes in its place."""
+        device = getattr(self, name).device
+        for key, (shape, dtype) in self.companion_shapes(name).items():
+            if key != name or packed:
+                setattr(self, key, frozen(torch.empty(shape, dtype=dtype, device=device)))
+
+    def is_packed(self, name: str = "weight") -> bool:
+        """False while the parameter is still the float one."""
+        return not getattr(self, name).is_floating_point()
+
+    def packed(self, name: str = "weight") -> PackedTensor:
+        """The parameter's codes and companions."""
+        columns = self.matrix_shape(name)[1]
+        zero_point, table = getattr(self, f"{name}_zero_point", None), getattr(self, f"{name}_table", None)
+        scale = getattr(self, f"{name}_scale")
+        return PackedTensor(getattr(self, name), scale, self.layer_spec.weight, columns, zero_point, table)
+
+    @torch.no_grad()
+    def set_packed(self, name: str, packed: PackedTensor) -> None:
+        """Replace the parameter by a packed tensor. Raises ValueError when its shapes are not the layer's."""
+        shapes = self.companion_shapes(name)
+        for suffix, tensor in packed.tensors().items():
+            key = f"{name}{suffix}"
+            if shapes[key] != (tuple(tensor.shape), tensor.dtype):
+                raise ValueError(f"{key} is {tuple(tensor.shape)} {tensor.dtype}, expected {shapes[key]}")
+            setattr(self, key, frozen(tensor))
+
+    def low_rank_factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """A ``[..., branches * rank, columns]`` and B ``[..., rows, rank]``, or None without a branch."""
+        if not self.layer_spec.low_rank:
+            return None
+        a, b = getattr(self, f"{name}_low_rank_a"), getattr(self, f"{name}_low_rank_b")
+        return from_bits(a, _FACTOR_DTYPE).to(dtype), from_bits(b, _FACTOR_DTYPE).to(dtype)
+
+    @torch.no_grad()
+    def set_low_rank_factors(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Store the branch as bfloat16 bit patterns."""
+        setattr(self, f"{name}_low_rank_a", frozen(to_bits(a, _FACTOR_DTYPE)))
+        setattr(self, f"{name}_low_rank_b", frozen(to_bits(b, _FACTOR_DTYPE)))
+
+    def dequantized(self, name: str = "weight", dtype: torch.dtype = torch.float32, branch: bool = True) -> Tensor:
+        """The weight the layer applies, in its original layout; without ``branch`` the decoded codes alone."""
+        matrix = decode(self.packed(name), dtype)
+        factors = self.low_rank_factors(name, dtype) if branch else None
+        if factors is not None:
+            matrix = matrix + expand_low_rank(*factors, self.branches(name))
+        return self.from_matrix(name, matrix)
+
+    def check(self) -> None:
+        """Raise CorruptWeightError for stored tensors of a wrong shape or with non-finite scales or tables."""
+        for name in self.packed_parameters:
+            for key, (shape, dtype) in self.companion_shapes(name).items():
+                tensor = getattr(self, key)
+                if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+                    raise CorruptWeightError(
+                        f"{key} is {tuple(tensor.shape)} {tensor.dtype}, but the plan says {shape} {dtype}"
+                    )
+                if key != name and tensor.device.type != "meta" and not _is_finite(key, tensor, self.layer_spec):
+                    raise CorruptWeightError(f"{key} holds NaN or infinite values")
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join("x".join(map(str, (*s[0], s[1]))) for s in map(self.matrix_shape, self.packed_parameters))
+        weight, rank = self.layer_spec.weight, self.layer_spec.low_rank
+        group = "row" if weight.group_size is None else weight.group_size
+        activation = "" if self.layer_spec.activation is None else f", activation={self.layer_spec.activation.format}"
+        return f"{shapes}, {weight.format} {weight.bits} bits, group={group}{activation}{f', rank={rank}' if rank else ''}"
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter without gradient."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def expand_low_rank(a: Tensor, b: Tensor, branches: int) -> Tensor:
+    """B A for stacked projections: rows of the i-th share the i-th block of A."""
+    parts = [part @ block for part, block in zip(b.chunk(branches, -2), a.chunk(branches, -2), strict=True)]
+    return torch.cat(parts, -2)
+
+
+def _is_finite(key: str, tensor: Tensor, spec: LayerSpec) -> bool:
+    if key.endswith("_zero_point") and spec.weight.has_integer_zero_point:
+        return True
+    if key.endswith("_table"):
+        return bool(torch.isfinite(tensor.view(torch.float32)).all())
+    dtype = _FACTOR_DTYPE if "_low_rank_" in key else spec.weight.scale_dtype
+    return bool(torch.isfinite(from_bits(tensor, dtype)).all())

@@ -1,0 +1,113 @@
+"""Packed convolutions, one- and two-dimensional."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_lowbit.kernels import packed_linear
+from hf_lowbit.nn.base import PackedModule
+from hf_lowbit.nn.spec import LayerSpec
+
+
+class _PackedConv(PackedModule):
+    """A convolution as a matrix ``[out_channels, in_channels / groups * kernel]``.
+
+    With full-precision activations the kernel is decoded and torch convolves; with quantized ones the input is
+    unfolded and every patch is a token of its own.
+    """
+
+    float_class: type[nn.modules.conv._ConvNd]
+
+    def __init__(self, module: nn.modules.conv._ConvNd, spec: LayerSpec) -> None:
+        nn.Module.__init__(self)
+        self.layer_spec = spec
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(module, name))
+        self.padding_mode = module.padding_mode
+        self.transposed, self.output_padding = module.transposed, module.output_padding
+        self._reversed_padding_repeated_twice = module._reversed_padding_repeated_twice
+        self.weight, self.bias = module.weight, module.bias
+
+    @classmethod
+    def from_float(cls, module: nn.Module, spec: LayerSpec) -> _PackedConv:
+        """From an nn.Conv1d or nn.Conv2d."""
+        assert isinstance(module, cls.float_class)
+        return cls(module, spec)
+
+    def to_float(self, dtype: torch.dtype) -> nn.Module:
+        """The torch convolution with dequantized weights."""
+        shape = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation)
+        module = self.float_class(  # type: ignore[call-arg]
+            *shape, self.groups, self.bias is not None, padding_mode=self.padding_mode, device="meta"
+        )
+        module.weight, module.bias = nn.Parameter(self.dequantized(dtype=dtype)), self.bias
+        return module
+
+    def matrix_shape(self, name: str) -> tuple[tuple[int, ...], int]:
+        """((out_channels,), in_channels / groups * kernel size)."""
+        return (self.out_channels,), self.in_channels // self.groups * _product(self.kernel_size)
+
+    def to_matrix(self, name: str, weight: Tensor) -> Tensor:
+        """``[out, in / groups, *kernel]`` to ``[out, in / groups * kernel]``."""
+        return weight.flatten(1)
+
+    def from_matrix(self, name: str, matrix: Tensor) -> Tensor:
+        """Inverse of :meth:`to_matrix`."""
+        return matrix.unflatten(1, (self.in_channels // self.groups, *self.kernel_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, in_channels, *size]``, or without a batch, to ``[batch, out_channels, *output size]``."""
+        batched = x if x.dim() == len(self.kernel_size) + 2 else x.unsqueeze(0)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        padded = F.pad(batched, self._reversed_padding_repeated_twice, mode=mode)
+        y = self._convolve_decoded(padded) if self.layer_spec.activation is None else self._convolve_patches(padded)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype).reshape(-1, *[1] * len(self.kernel_size))
+        return y if x is batched else y.squeeze(0)
+
+    def _convolve_decoded(self, x: Tensor) -> Tensor:
+        convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
+        weight = self.dequantized(dtype=x.dtype)
+        y: Tensor = convolve(x, weight, None, self.stride, 0, self.dilation, self.groups)
+        return y
+
+    def _convolve_patches(self, x: Tensor) -> Tensor:
+        flat = len(self.kernel_size) == 1
+        kernel, stride, dilation = (((1, *v) if flat else v) for v in (self.kernel_size, self.stride, self.dilation))
+        image = x.unsqueeze(-2) if flat else x
+        size = [
+            (extent - d * (k - 1) - 1) // s + 1
+            for extent, k, s, d in zip(image.shape[-2:], kernel, stride, dilation, strict=True)
+        ]
+        patches = F.unfold(image, kernel, dilation, 0, stride).transpose(1, 2)  # [batch, positions, in * kernel]
+        rows = self.out_channels // self.groups
+        factors = self.low_rank_factors("weight", x.dtype)
+        outputs = []
+        for group, tokens in enumerate(patches.chunk(self.groups, -1)):
+            own = slice(group * rows, (group + 1) * rows)
+            y = packed_linear(tokens, self.packed().rows(own), self.layer_spec.activation)
+            if factors is not None:
+                y = y + F.linear(F.linear(tokens, factors[0]), factors[1][own])
+            outputs.append(y)
+        y = torch.cat(outputs, -1).transpose(1, 2)
+        return y if flat else y.unflatten(-1, size)
+
+
+class PackedConv1d(_PackedConv, nn.Conv1d):
+    """nn.Conv1d with packed weights."""
+
+    kind = "conv1d"
+    float_class = nn.Conv1d
+
+
+class PackedConv2d(_PackedConv, nn.Conv2d):
+    """nn.Conv2d with packed weights."""
+
+    kind = "conv2d"
+    float_class = nn.Conv2d
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    return int(torch.Size(sizes).numel())

@@ -1,0 +1,86 @@
+"""Packed fully connected layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_lowbit.kernels import packed_linear
+from hf_lowbit.nn.base import PackedModule
+from hf_lowbit.nn.spec import LayerSpec
+
+
+class PackedLinear(PackedModule, nn.Linear):
+    """nn.Linear with packed weights ``[out_features, in_features]``.
+
+    It is an nn.Linear to isinstance, so that tools which look for linear layers (PEFT's "all-linear", LoRA loaders)
+    find it.
+    """
+
+    kind = "linear"
+
+    def __init__(self, in_features: int, out_features: int, spec: LayerSpec) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.layer_spec = in_features, out_features, spec
+
+    @classmethod
+    def from_float(cls, module: nn.Module, spec: LayerSpec) -> PackedLinear:
+        """From an nn.Linear."""
+        assert isinstance(module, nn.Linear)
+        packed = cls(module.in_features, module.out_features, spec)
+        packed.weight, packed.bias = module.weight, module.bias
+        return packed
+
+    def to_float(self, dtype: torch.dtype) -> nn.Module:
+        """An nn.Linear with dequantized weights."""
+        module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        module.weight = nn.Parameter(self.dequantized(dtype=dtype))
+        module.bias = self.bias
+        return module
+
+    def matrix_shape(self, name: str) -> tuple[tuple[int, ...], int]:
+        """((out_features,), in_features)."""
+        return (self.out_features,), self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        y = packed_linear(x, self.packed(), self.layer_spec.activation)
+        factors = self.low_rank_factors("weight", x.dtype)
+        if factors is not None:
+            y = y + F.linear(F.linear(x, factors[0]), factors[1])
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class PackedConv1D(PackedLinear):
+    """transformers' Conv1D (GPT-2): a linear layer whose float weight is stored transposed, ``[in, out]``.
+
+    Packed, it is ``[out, in]`` like any linear layer, so that codes lie along the input.
+    """
+
+    kind = "transformers_conv1d"
+
+    @classmethod
+    def from_float(cls, module: nn.Module, spec: LayerSpec) -> PackedConv1D:
+        """From a transformers Conv1D: weight ``[nx, nf]``, bias ``[nf]``."""
+        in_features, out_features = module.weight.shape  # type: ignore[union-attr]
+        packed = cls(in_features, out_features, spec)
+        packed.nx, packed.nf = in_features, out_features
+        packed.weight, packed.bias = module.weight, module.bias  # type: ignore[assignment]
+        return packed
+
+    def to_float(self, dtype: torch.dtype) -> nn.Module:
+        """A transformers Conv1D with dequantized weights."""
+        from transformers.pytorch_utils import Conv1D
+
+        module = Conv1D(self.nf, self.nx)
+        module.weight, module.bias = nn.Parameter(self.dequantized(dtype=dtype)), self.bias
+        return module
+
+    def to_matrix(self, name: str, weight: Tensor) -> Tensor:
+        """``[in, out]`` to ``[out, in]``."""
+        return weight.t()
+
+    def from_matrix(self, name: str, matrix: Tensor) -> Tensor:
+        """``[out, in]`` to ``[in, out]``."""
+        return matrix.t()

@@ -1,0 +1,49 @@
+"""LayerSpec: all that a packed module needs to be built again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hf_lowbit.formats import ActivationSpec, SpecError, WeightSpec
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer of a plan.
+
+    Attributes:
+        weight: format and granularity of its weights.
+        activation: dynamic quantization of its input, or None for full precision.
+        low_rank: rank of the branch that repairs the rounding error inside the layer, 0 for none.
+    """
+
+    weight: WeightSpec
+    activation: ActivationSpec | None = None
+    low_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.low_rank) is not int or self.low_rank < 0:
+            raise SpecError(f"low_rank must be an integer >= 0, not {self.low_rank!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; absent parts are left out."""
+        values: dict[str, Any] = {"weight": self.weight.to_dict()}
+        if self.activation is not None:
+            values["activation"] = self.activation.to_dict()
+        if self.low_rank:
+            values["low_rank"] = self.low_rank
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerSpec:
+        """Inverse of :meth:`to_dict`. Raises SpecError for unknown or missing fields."""
+        unknown = sorted(set(values) - {"weight", "activation", "low_rank"})
+        if unknown or "weight" not in values:
+            raise SpecError(f"a layer of a plan has the fields weight, activation, low_rank; got {sorted(values)}")
+        activation = values.get("activation")
+        return cls(
+            WeightSpec.from_dict(values["weight"]),
+            None if activation is None else ActivationSpec.from_dict(activation),
+            values.get("low_rank", 0),
+        )

@@ -1,0 +1,191 @@
+"""From a config and an empty model to a plan: every module with weights is either planned or skipped for a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import nn
+
+from hf_lowbit.formats import WeightSpec
+from hf_lowbit.nn import KINDS, LayerSpec, PackedModule, kind_of, refusal_of
+from hf_lowbit.plan.patterns import first_match, generalise
+from hf_lowbit.plan.plan import Plan, PlanError, PlannedLayer
+from hf_lowbit.plan.readers import directly_read
+
+_SMALLEST_USEFUL_GROUP = 16
+
+
+class PlanningConfig(Protocol):
+    """What planning reads of a config."""
+
+    modules_to_not_convert: list[str] | None
+    overrides: dict[str, dict[str, object]] | None
+    strict_groups: bool
+    quantize_embeddings: bool
+    quantize_lm_head: bool
+
+    def layer_spec(self, name: str) -> LayerSpec:
+        """The specification of a module after overrides."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What an integration knows of a model that its modules do not say.
+
+    Attributes:
+        output_heads: names of output embeddings and classification heads.
+        tied: sets of module names that share one weight.
+        full_precision: patterns of modules that the library keeps in float32.
+    """
+
+    output_heads: frozenset[str] = frozenset()
+    tied: tuple[frozenset[str], ...] = ()
+    full_precision: tuple[str, ...] = ()
+
+    def tied_to(self, name: str) -> frozenset[str]:
+        """The other modules that share the weight of ``name``."""
+        return next((group - {name} for group in self.tied if name in group), frozenset())
+
+
+def build_plan(model: nn.Module, config: PlanningConfig, facts: ModelFacts = ModelFacts()) -> Plan:  # noqa: B008
+    """Plan a model, without reading any weight.
+
+    Raises:
+        PlanError: a group that does not divide a layer's input under ``strict_groups``, or nothing to quantize.
+    """
+    plan = Plan({})
+    regrouped: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        reason = refusal_of(module) or _reason_to_skip(model, name, module, kind, config, facts)
+        if reason is not None:
+            plan.skipped[name] = reason
+        elif kind is not None:
+            plan.layers[name] = PlannedLayer(kind, _fit_groups(name, module, kind, config, regrouped))
+    plan.warnings += [f"{text}: {_summary(names)}" for text, names in regrouped.items()]
+    _skip_partly_tied(plan, facts)
+    for pattern in (*(config.modules_to_not_convert or ()), *(config.overrides or ())):
+        if not any(first_match([pattern], name) for name, _ in model.named_modules()):
+            plan.warnings.append(f"the pattern {pattern!r} matches no module of this model")
+    if not plan.layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:5])
+        raise PlanError(f"nothing to quantize in this {type(model).__name__} ({reasons or 'no layers with weights'})")
+    return plan
+
+
+def install(model: nn.Module, plan: Plan, packed: bool) -> None:
+    """Replace the planned modules by packed ones, in place.
+
+    Args:
+        packed: True: with empty codes of the stored shapes, ready for a quantized checkpoint; False: with the float
+            parameters still in place, ready to be quantized.
+    """
+    for name, layer in plan.layers.items():
+        module = KINDS[layer.kind].from_float(model.get_submodule(name), layer.spec)
+        module.train(model.training)
+        for parameter in module.packed_parameters:
+            module.allocate(parameter, packed)
+        replace_module(model, name, module)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one called ``name``. Raises PlanError for the model itself."""
+    parent, _, child = name.rpartition(".")
+    if not child:
+        raise PlanError("the model itself is a single layer; wrap it in a module")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """Name -> module of every packed module."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
+def _reason_to_skip(
+    model: nn.Module, name: str, module: nn.Module, kind: str | None, config: PlanningConfig, facts: ModelFacts
+) -> str | None:
+    if kind is None:
+        return None
+    if not name:
+        return "the model itself is a single layer"
+    if pattern := first_match(config.modules_to_not_convert or (), name):
+        return f"modules_to_not_convert names {pattern!r}"
+    if pattern := first_match(facts.full_precision, name):
+        return f"the model keeps {pattern!r} in float32"
+    tied = facts.tied_to(name)
+    wanted = config.quantize_embeddings or config.quantize_lm_head
+    if tied and not wanted:
+        return f"tied to {', '.join(sorted(tied))}; quantize_embeddings=True packs both"
+    if not tied and kind == "embedding" and not config.quantize_embeddings:
+        return "an embedding; quantize_embeddings=True packs it"
+    if not tied and name in facts.output_heads and not config.quantize_lm_head:
+        return "the output head; quantize_lm_head=True packs it"
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if directly_read(owner, child):
+        return f"{type(owner).__name__} reads {child}.weight itself"
+    if kind == "embedding" and getattr(module, "max_norm", None) is not None:
+        return "an embedding with max_norm rewrites its weights"
+    if _columns(module, kind) < 2:
+        return "one input per output: there is nothing to pack"
+    return None
+
+
+def _columns(module: nn.Module, kind: str) -> int:
+    """Smallest row width of the module's packed parameters."""
+    skeleton = KINDS[kind].from_float(module, LayerSpec(WeightSpec()))
+    return min(skeleton.matrix_shape(parameter)[1] for parameter in skeleton.packed_parameters)
+
+
+def _fit_groups(
+    name: str, module: nn.Module, kind: str, config: PlanningConfig, regrouped: dict[str, list[str]]
+) -> LayerSpec:
+    """The layer's spec, with the largest group that divides every row of its parameters."""
+    spec = config.layer_spec(name)
+    group = spec.weight.group_size
+    if not isinstance(group, int):
+        return _check_experts(name, kind, spec)
+    skeleton = KINDS[kind].from_float(module, spec)
+    widths = [skeleton.matrix_shape(parameter)[1] for parameter in skeleton.packed_parameters]
+    if all(width % group == 0 for width in widths):
+        return _check_experts(name, kind, spec)
+    fitting = _largest_common_divisor(widths, group)
+    chosen = fitting if fitting >= min(_SMALLEST_USEFUL_GROUP, group) else None
+    problem = f"group_size={group} does not divide the input width {' or '.join(map(str, sorted(set(widths))))}"
+    if config.strict_groups:
+        hint = f"a group_size of {chosen}" if chosen else "group_size=None"
+        raise PlanError(f"{name}: {problem}; use {hint} for it (overrides), or strict_groups=False")
+    instead = "one scale per row" if chosen is None else f"groups of {chosen}"
+    regrouped.setdefault(f"{problem}, {instead} instead", []).append(name)
+    return _check_experts(name, kind, replace(spec, weight=replace(spec.weight, group_size=chosen)))
+
+
+def _check_experts(name: str, kind: str, spec: LayerSpec) -> LayerSpec:
+    if kind == "experts" and spec.weight.has_fitted_table:
+        raise PlanError(f"{name}: a codebook cannot be fitted to fused experts; give codebook=[...] or override the format")
+    return spec
+
+
+def _summary(names: list[str]) -> str:
+    """Names with their list indices as ``*``, and how many there are."""
+    patterns = dict.fromkeys(generalise(name) for name in names)
+    return f"{', '.join(patterns)} ({len(names)} layer{'s' if len(names) > 1 else ''})"
+
+
+def _largest_common_divisor(widths: Iterable[int], limit: int) -> int:
+    return next(size for size in range(limit, 0, -1) if all(width % size == 0 for width in widths))
+
+
+def _skip_partly_tied(plan: Plan, facts: ModelFacts) -> None:
+    """Modules that share a weight are packed together and alike, or not at all."""
+    for group in facts.tied:
+        planned = [name for name in group if name in plan.layers]
+        missing = [name for name in group if name in plan.skipped]
+        differing = len({plan.layers[name].spec for name in planned}) > 1
+        for name in planned if missing or differing else ():
+            others = ", ".join(sorted(group - {name}))
+            why = "is not packed" if missing else "has another specification"
+            plan.skipped[name] = f"tied to {others}, which {why}"
+            del plan.layers[name]

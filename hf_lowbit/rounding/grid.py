@@ -1,0 +1,105 @@
+"""Where the table of a number format is laid over a group of weights: its scale and zero point, from the range.
+
+Conventions (the ones the literature's RTN baselines differ in; [ours] where no paper fixes it):
+ - symmetric integers use the full range, scale = absmax / (2^(b-1) - 1/2), as GPTQ's and compressed-tensors' symmetric
+   grids do, so that |w - w_hat| <= scale / 2 for every weight;
+ - asymmetric integers force the range to contain zero (GPTQ's convention), with an integer zero point;
+ - one bit is sign(w) * mean|w|, the L1-optimal binarisation (XNOR-Net, arXiv 1603.05279), around the mean when
+   there is a zero point [ours];
+ - ternary is 0 below 0.7 mean|w| and scale * sign(w) above, scale the mean magnitude of the kept weights (Ternary
+   Weight Networks, arXiv 1605.04711);
+ - every other table is scaled so that its largest value meets the group's absmax; with a zero point, the table's
+   middle meets the middle of the range [ours].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats import NumberFormat, WeightSpec
+from hf_lowbit.formats.packed import from_bits, to_bits
+
+_TERNARY_THRESHOLD = 0.7
+
+
+class RoundingError(ValueError):
+    """A weight that cannot be quantized as asked: not finite, or beyond its scale's range."""
+
+
+class Grid(NamedTuple):
+    """float32 scale and zero point ``[n, groups]``, both as they will be read back from storage."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def to_table_units(self, grouped: Tensor) -> Tensor:
+        """``[n, groups, g]`` weights divided by their scale and shifted by their zero point."""
+        return grouped / nonzero(self.scale).unsqueeze(-1) + self.zero_point.unsqueeze(-1)
+
+
+def fit_grid(grouped: Tensor, spec: WeightSpec, number_format: NumberFormat) -> Grid:
+    """Scale and zero point of float32 ``[n, groups, g]`` weights.
+
+    Raises:
+        RoundingError: NaN or infinite weights, or a scale that ``spec.scale_dtype`` cannot hold.
+    """
+    if not bool(torch.isfinite(grouped).all()):
+        raise RoundingError("the weight holds NaN or infinite values")
+    if spec.symmetric:
+        scale = _as_stored(_symmetric_scale(grouped, spec, number_format), spec)
+        return Grid(scale, torch.zeros_like(scale))
+    if number_format.name == "int" and number_format.bits == 1:
+        mean = grouped.mean(-1)
+        scale = _as_stored((grouped - mean.unsqueeze(-1)).abs().mean(-1), spec)
+        return Grid(scale, _as_stored(-mean / nonzero(scale), spec))
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    if spec.has_integer_zero_point:
+        return _integer_grid(low.clamp(max=0), high.clamp(min=0), spec, number_format)
+    return _centred_grid(low, high, spec, number_format)
+
+
+def nonzero(scale: Tensor) -> Tensor:
+    """The scale to divide by: 1 where a group is all zero."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _symmetric_scale(grouped: Tensor, spec: WeightSpec, number_format: NumberFormat) -> Tensor:
+    magnitude = grouped.abs()
+    if number_format.name == "ternary":
+        kept = magnitude > _TERNARY_THRESHOLD * magnitude.mean(-1, keepdim=True)
+        return (magnitude * kept).sum(-1) / kept.sum(-1).clamp(min=1)
+    if number_format.name == "int" and number_format.bits == 1:
+        return magnitude.mean(-1)
+    if number_format.is_integer_grid:
+        return magnitude.amax(-1) / (2 ** (number_format.bits - 1) - 0.5)
+    return magnitude.amax(-1) / (1.0 if spec.has_fitted_table else number_format.max_value)
+
+
+def _integer_grid(low: Tensor, high: Tensor, spec: WeightSpec, number_format: NumberFormat) -> Grid:
+    first, last = number_format.table[0].item(), number_format.table[-1].item()
+    scale = _as_stored((high - low) / (last - first), spec)
+    return Grid(scale, (first - low / nonzero(scale)).round().clamp_(first, last))
+
+
+def _centred_grid(low: Tensor, high: Tensor, spec: WeightSpec, number_format: NumberFormat) -> Grid:
+    finite = number_format.table[torch.isfinite(number_format.table)]
+    top, bottom = (1.0, -1.0) if spec.has_fitted_table else (finite.max().item(), finite.min().item())
+    scale = _as_stored((high - low) / (top - bottom), spec)
+    scale = torch.where((scale == 0) & (low != 0), _as_stored(low.abs(), spec), scale)  # a constant group
+    middle = (high + low) / 2 / nonzero(scale)
+    return Grid(scale, _as_stored((top + bottom) / 2 - middle, spec))
+
+
+def _as_stored(values: Tensor, spec: WeightSpec) -> Tensor:
+    """Values after their round trip through storage. Raises RoundingError where that loses them altogether."""
+    rounded = from_bits(to_bits(values, spec.scale_dtype), spec.scale_dtype)
+    lost = ~torch.isfinite(rounded) | ((rounded == 0) & (values != 0))
+    if bool(lost.any()):
+        raise RoundingError(
+            f"a scale of {values[lost][0].item():.3g} does not fit scale_dtype={spec.scale_dtype!r}; "
+            "use scale_dtype='bfloat16' or 'float32'"
+        )
+    return rounded

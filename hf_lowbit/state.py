@@ -1,0 +1,50 @@
+"""What hf_lowbit knows of a quantized model object: its config, its report, its adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_lowbit.config import LowbitConfig
+from hf_lowbit.reporting import Report
+
+_ATTRIBUTE = "_lowbit_state"
+
+
+@dataclass
+class QuantizationState:
+    """Attached to the outermost quantized module.
+
+    Attributes:
+        config: with the final plan.
+        report: of quantization; None for a reloaded model until somebody asks.
+        source: folder or repository the model was loaded from, if any.
+        adapters: module name -> (A, B) of a compensation adapter that has not been attached through PEFT.
+    """
+
+    config: LowbitConfig
+    report: Report | None = None
+    source: str | None = None
+    adapters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def attach_state(model: nn.Module, state: QuantizationState) -> None:
+    """Remember the state on the model object; it is no parameter, buffer or submodule."""
+    object.__setattr__(model, _ATTRIBUTE, state)
+
+
+def detach_state(model: nn.Module) -> None:
+    """Forget it, after dequantizing."""
+    model.__dict__.pop(_ATTRIBUTE, None)
+
+
+def state_of(model: Any) -> QuantizationState | None:
+    """The state of a quantized model, looked up through wrappers such as PEFT's; None if it is not quantized."""
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if _ATTRIBUTE in module.__dict__:
+                state: QuantizationState = module.__dict__[_ATTRIBUTE]
+                return state
+    return None

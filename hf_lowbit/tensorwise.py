@@ -1,0 +1,84 @@
+"""Quantize one parameter of one module: what tensor-wise methods do while a checkpoint loads, and merging does later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.compensation import low_rank_factors
+from hf_lowbit.formats import PackedTensor, decode
+from hf_lowbit.method import Recipe
+from hf_lowbit.nn import PackedModule
+from hf_lowbit.nn.base import expand_low_rank
+from hf_lowbit.rounding import relative_error
+
+
+class QuantizationError(ValueError):
+    """A layer that could not be quantized; the message names it."""
+
+
+@dataclass
+class Outcome:
+    """What quantizing a model's parameters left behind.
+
+    Attributes:
+        errors: parameter name -> ||w - w_hat|| / ||w||.
+        adapters: module name -> (A, B) of the error's low-rank part, where it becomes an adapter.
+        original_bits: width of the float weights.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    adapters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    original_bits: int | None = None
+
+
+@torch.no_grad()
+def quantize_parameter(
+    module: PackedModule, name: str, weight: Tensor, recipe: Recipe, where: str, outcome: Outcome, adapter_rank: int = 0
+) -> None:
+    """Round a float parameter and put the packed one in its place.
+
+    Args:
+        module: in the unpacked state, or packed already (its codes are replaced, its branch is kept up to date).
+        name: the parameter.
+        weight: its float values in the original layout.
+        recipe: of the method.
+        where: the module's full name, for messages.
+        outcome: receives the error and, with ``adapter_rank``, the factors of an adapter.
+
+    Raises:
+        QuantizationError: the recipe refused the weight, or the rank exceeds it.
+    """
+    matrix = module.to_matrix(name, weight)
+    try:
+        packed = recipe.rounding(matrix, module.layer_spec.weight)
+        rank = module.layer_spec.low_rank or adapter_rank
+        error = relative_error(matrix, packed)
+        if rank:
+            a, b = _stacked_factors(matrix.float() - decode(packed), rank, module.branches(name))
+            if module.layer_spec.low_rank:
+                module.set_low_rank_factors(name, a, b)
+            else:
+                outcome.adapters[where] = (a, b)
+        module.set_packed(name, packed)
+        if module.layer_spec.low_rank:
+            error = _error_with_branch(module, name, matrix, packed)
+    except ValueError as problem:
+        raise QuantizationError(f"{where}.{name}: {problem}") from None
+    outcome.errors[f"{where}.{name}"] = error
+    outcome.original_bits = weight.element_size() * 8
+
+
+def _stacked_factors(error: Tensor, rank: int, branches: int) -> tuple[Tensor, Tensor]:
+    parts = [low_rank_factors(part, rank) for part in error.chunk(branches, -2)]
+    return torch.cat([a for a, _ in parts], -2), torch.cat([b for _, b in parts], -2)
+
+
+def _error_with_branch(module: PackedModule, name: str, matrix: Tensor, packed: PackedTensor) -> float:
+    factors = module.low_rank_factors(name, torch.float32)
+    assert factors is not None
+    difference = matrix.float() - decode(packed) - expand_low_rank(*factors, module.branches(name))
+    norm = matrix.float().norm().item()
+    return difference.norm().item() / norm if norm else 0.0
