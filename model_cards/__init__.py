@@ -1,0 +1,1 @@
+"""Model cards: the template, and the cards of reference quantized models."""
