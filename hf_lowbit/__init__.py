@@ -1,7 +1,7 @@
 """hf_lowbit: published low-bit methods for the Hugging Face ecosystem.
 
-Importing registers every installed method with transformers, and with diffusers and PEFT as soon as those are
-imported. Everything else is loaded when it is first used.
+Importing makes transformers, diffusers and PEFT know every installed method: at once where the library's quantizers are
+imported already, else the moment they are. Everything else is loaded when it is first used.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class LowbitConfig(QuantizationConfigMixin):
         provenance: what made the checkpoint (versions, source, data name, seed).
     """
 
-    quant_method: ClassVar[MethodName] = MethodName("lowbit")  # type: ignore[misc]
+    quant_method: ClassVar[MethodName] = MethodName("lowbit")  # type: ignore[misc,assignment]
 
     format: str = "int"
     bits: int | None = None
@@ -119,6 +119,7 @@ class LowbitConfig(QuantizationConfigMixin):
         if isinstance(self.low_rank, dict):
             check_field_names(LowRankConfig, self.low_rank, "low_rank")
             self.low_rank = LowRankConfig(**self.low_rank)
+        self._check_plain_fields()
         try:
             if self.bits is None:
                 self.bits = default_bits(self.format, self.codebook)
@@ -134,16 +135,36 @@ class LowbitConfig(QuantizationConfigMixin):
                 check_entries(self.plan)
         except (SpecError, PlanError, ValueError) as error:
             raise ConfigError(f"{type(self).__name__}: {error}") from None
-        self._check_plain_fields()
+        for name in ("codebook", "modules_to_not_convert"):  # as they come back from JSON
+            if getattr(self, name) is not None:
+                setattr(self, name, list(getattr(self, name)))
 
     def _check_plain_fields(self) -> None:
+        names = self.modules_to_not_convert
+        if names is not None and not isinstance(names, list | tuple):
+            raise ConfigError(
+                f"{type(self).__name__}: modules_to_not_convert must be a list of names or regular expressions, "
+                f"not {names!r}"
+            )
+        given = {} if self.overrides is None else self.overrides
+        if not isinstance(given, dict) or not all(isinstance(values, dict) for values in given.values()):
+            raise ConfigError(
+                f"{type(self).__name__}: overrides must be {{name or regular expression: {{field: value}}}}, "
+                f"not {given!r}"
+            )
+        if not isinstance(self.provenance, dict):
+            raise ConfigError(f"{type(self).__name__}: provenance must be a dictionary, not {self.provenance!r}")
+        if type(self.seed) is not int:
+            raise ConfigError(f"{type(self).__name__}: seed must be an integer, not {self.seed!r}")
         flags = ("symmetric", "quantize_embeddings", "quantize_lm_head", "strict_groups")
         for name in flags:
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{type(self).__name__}: {name} must be True or False, not {getattr(self, name)!r}")
         for name in ("num_samples", "sequence_length"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ConfigError(f"{type(self).__name__}: {name} must be a positive integer, not {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{type(self).__name__}: {name} must be a positive integer, not {getattr(self, name)!r}"
+                )
         if self.backend is not None and self.backend not in BACKENDS:
             raise ConfigError(
                 f"{type(self).__name__}: backend={self.backend!r} is not available; available: {', '.join(BACKENDS)}"
@@ -166,10 +187,8 @@ class LowbitConfig(QuantizationConfigMixin):
         activation = None
         if activation_bits is not None or activation_format is not None:
             bits = 8 if activation_bits is None else activation_bits
-            name = {None: "int", "fp_e4m3fn": "float8_e4m3fn"}.get(activation_format, activation_format)
-            activation = ActivationSpec(name, bits)
-        if values["codebook"] is not None:
-            values["codebook"] = tuple(values["codebook"])
+            name = "int" if activation_format is None else activation_format
+            activation = ActivationSpec("float8_e4m3fn" if name == "fp_e4m3fn" else name, bits)
         rank = self.low_rank.rank if self.low_rank is not None and self.low_rank.keep == "branch" else 0
         return LayerSpec(WeightSpec(**values), activation, rank)
 
@@ -197,7 +216,8 @@ class LowbitConfig(QuantizationConfigMixin):
             raise ConfigError(f"this is a config of {method!r}, not of {str(cls.quant_method)!r}")
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ConfigError(
-                f"format_version={version!r} is not readable by this hf_lowbit (up to {FORMAT_VERSION}); upgrade hf_lowbit"
+                f"format_version={version!r} is not readable by this hf_lowbit, which reads up to {FORMAT_VERSION}; "
+                "upgrade hf_lowbit"
             )
         config = cls(**values)
         return (config, {}) if return_unused_kwargs else config
@@ -213,8 +233,23 @@ class LowbitConfig(QuantizationConfigMixin):
         """A copy that shares the dataset: from_pretrained copies configs, data must not be."""
         return replace(self, plan=copy.deepcopy(self.plan, memo), provenance=copy.deepcopy(self.provenance, memo))
 
+    def copy_with_data(self, data: Any) -> LowbitConfig:
+        """A copy for one run: with ``data`` as dataset (if given) and without an earlier run's plan."""
+        dataset = self.dataset if data is None else data
+        return replace(self, dataset=dataset, plan=None, provenance=dict(self.provenance))
+
+    def same_request(self, other: LowbitConfig) -> bool:
+        """True when both ask for the same quantization, whatever their plans and provenance."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        for name in _STORED_FIELDS:
+            mine.pop(name, None)
+            theirs.pop(name, None)
+        return mine == theirs
+
     def __repr__(self) -> str:
-        values = {k: v for k, v in self.to_dict().items() if k not in ("quant_method", "format_version", *_STORED_FIELDS)}
+        values = {
+            k: v for k, v in self.to_dict().items() if k not in ("quant_method", "format_version", *_STORED_FIELDS)
+        }
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 

@@ -76,7 +76,9 @@ def methods() -> dict[str, Method]:
         try:
             method = entry.load()
         except Exception as error:  # a broken plugin must not break the others
-            warnings.warn(f"hf_lowbit: the method plugin {entry.name!r} ({entry.value}) failed to load: {error!r}", stacklevel=2)
+            warnings.warn(
+                f"hf_lowbit: the method plugin {entry.name!r} ({entry.value}) failed to load: {error!r}", stacklevel=2
+            )
             continue
         if not isinstance(method, Method):
             warnings.warn(f"hf_lowbit: the entry point {entry.name!r} ({entry.value}) is not a Method", stacklevel=2)

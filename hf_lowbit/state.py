@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_lowbit.config import LowbitConfig
+from hf_lowbit.nn import PackedModule
 from hf_lowbit.reporting import Report
 
 _ATTRIBUTE = "_lowbit_state"
+_LAYER_ATTRIBUTE = "_lowbit_config"
 
 
 @dataclass
@@ -31,8 +33,11 @@ class QuantizationState:
 
 
 def attach_state(model: nn.Module, state: QuantizationState) -> None:
-    """Remember the state on the model object; it is no parameter, buffer or submodule."""
+    """Remember the state on the model object, and its config on every packed module: no parameters or submodules."""
     object.__setattr__(model, _ATTRIBUTE, state)
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            object.__setattr__(module, _LAYER_ATTRIBUTE, state.config)
 
 
 def detach_state(model: nn.Module) -> None:
@@ -48,3 +53,9 @@ def state_of(model: Any) -> QuantizationState | None:
                 state: QuantizationState = module.__dict__[_ATTRIBUTE]
                 return state
     return None
+
+
+def config_of(module: PackedModule) -> LowbitConfig | None:
+    """The config a packed module was quantized with, wherever it is now; None outside quantized models."""
+    config: LowbitConfig | None = module.__dict__.get(_LAYER_ATTRIBUTE)
+    return config

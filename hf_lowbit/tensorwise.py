@@ -1,4 +1,4 @@
-"""Quantize one parameter of one module: what tensor-wise methods do while a checkpoint loads, and merging does later."""
+"""Quantize one parameter of one module, as loading a checkpoint and merging an adapter do."""
 
 from __future__ import annotations
 

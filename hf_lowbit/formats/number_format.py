@@ -38,8 +38,11 @@ class NumberFormat:
         codes = torch.arange(len(self.table))[torch.isfinite(self.table)]
         values, first = torch.unique(self.table[codes] + 0.0, return_inverse=True)  # + 0.0 turns -0 into +0
         lowest = torch.full((len(values),), len(self.table)).scatter_reduce(0, first, codes, "amin")
+        middle = (values[1:] + values[:-1]) / 2
+        # A value on a boundary falls below it; where the code below is odd, the boundary moves down by one float.
+        down = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
         object.__setattr__(self, "_order", lowest.to(torch.uint8))
-        object.__setattr__(self, "_boundaries", (values[1:] + values[:-1]) / 2)
+        object.__setattr__(self, "_boundaries", torch.where(lowest[:-1] % 2 == 0, middle, down))
 
     @property
     def max_value(self) -> float:
@@ -48,12 +51,12 @@ class NumberFormat:
 
     @property
     def is_integer_grid(self) -> bool:
-        """True when the table is consecutive integers, so that an integer zero point is exact."""
-        return len(self.table) > 2 and bool((self.table[1:] - self.table[:-1] == 1).all())
+        """True for the two's complement integers of 2 to 8 bits, for which an integer zero point is exact."""
+        return self.name == "int" and self.bits > 1
 
     @property
     def integer_multiplier(self) -> int | None:
-        """Smallest m for which m * table fits int8 exactly, so that int8 dot products are exact; None if there is none."""
+        """Smallest m for which m * table is exact in int8, so that int8 dot products are too; None if there is none."""
         for multiplier in _INTEGER_MULTIPLIERS:
             scaled = self.table * multiplier
             if bool((scaled == scaled.round()).all()) and scaled.abs().max() <= 128 and scaled.max() <= 127:
@@ -73,10 +76,8 @@ class NumberFormat:
         if self.is_integer_grid:
             low = self.table[0].item()
             return (x.round().clamp_(low, self.table[-1].item()) - low).to(torch.uint8)
-        boundaries, order = self._boundaries.to(x.device), self._order.to(x.device)
-        below = order[torch.bucketize(x, boundaries, out_int32=True)]
-        above = order[torch.bucketize(x, boundaries, out_int32=True, right=True)]
-        return torch.where((below & 1) == 0, below, above)
+        position = torch.bucketize(x.contiguous(), self._boundaries.to(x.device), out_int32=True)
+        return self._order.to(x.device)[position]
 
     def decode(self, codes: Tensor) -> Tensor:
         """float32 values of integer codes, unscaled."""
@@ -99,17 +100,21 @@ def format_names() -> dict[str, str]:
 
 def default_bits(name: str, codebook: Sequence[float] | None = None) -> int:
     """The width a format implies when the user names none. Raises ValueError for an unknown format."""
+    if not isinstance(name, str):
+        raise ValueError(f"a number format is given by its name, not {name!r}")
     if name == "ternary":
         return 2
     if name in ("float8_e4m3fn", "float8_e5m2", "fp_e4m3fn"):
         return 8
     if match := _FLOATING_POINT.fullmatch(name):
         return 1 + int(match[1]) + int(match[2])
-    if name == "codebook" and codebook is not None:
+    if name == "codebook" and isinstance(codebook, Sequence):
         return max(1, (len(codebook) - 1).bit_length())
     if name in format_names():
         return 4
-    raise ValueError(f"unknown number format {name!r}; known: {'; '.join(f'{k} ({v})' for k, v in format_names().items())}")
+    raise ValueError(
+        f"unknown number format {name!r}; known: {'; '.join(f'{k} ({v})' for k, v in format_names().items())}"
+    )
 
 
 @lru_cache(maxsize=256)
@@ -127,6 +132,11 @@ def get_format(
     Raises:
         ValueError: unknown name, a width the format does not have, or a missing or invalid parameter.
     """
+    with torch.device("cpu"):  # models are built under another default device, mostly "meta"
+        return _make_format(name, bits, exponent, codebook)
+
+
+def _make_format(name: str, bits: int, exponent: float | None, codebook: tuple[float, ...] | None) -> NumberFormat:
     if name == "fp_e4m3fn":
         name = "float8_e4m3fn"
     expected = default_bits(name, codebook)
@@ -165,10 +175,16 @@ def _check_bits(name: str, bits: int, low: int, high: int) -> None:
 
 def _codebook_table(bits: int, codebook: tuple[float, ...] | None) -> Tensor:
     if codebook is None:
-        raise ValueError("this codebook is fitted to each tensor: its table is stored with the weight, not in the config")
+        raise ValueError(
+            "this codebook is fitted to each tensor: its table is stored with the weight, not in the config"
+        )
     table = torch.tensor(codebook, dtype=torch.float32)
     if len(codebook) != 2**bits:
         raise ValueError(f"a codebook of {bits} bits has {2**bits} values, not {len(codebook)}")
-    if not bool(torch.isfinite(table).all()) or not bool((table[1:] > table[:-1]).all()) or not bool(table.abs().max() > 0):
+    if (
+        not bool(torch.isfinite(table).all())
+        or not bool((table[1:] > table[:-1]).all())
+        or not bool(table.abs().max() > 0)
+    ):
         raise ValueError("a codebook's values must be finite, distinct and in ascending order")
     return table

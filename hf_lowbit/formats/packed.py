@@ -45,10 +45,14 @@ class PackedTensor:
 
     def rows(self, index: slice | Tensor) -> PackedTensor:
         """Some rows of a matrix, by slice or by a 1-D index tensor; one scale for the whole tensor stays shared."""
+
+        def select(tensor: Tensor) -> Tensor:  # unlike tensor[index], index_select refuses negative rows
+            return tensor[index] if isinstance(index, slice) else tensor.index_select(0, index)
+
         one_scale = self.spec.group_size == "tensor" and self.scale.shape[0] == 1
-        scale = self.scale if one_scale else self.scale[index]
-        zero_point = self.zero_point if one_scale or self.zero_point is None else self.zero_point[index]
-        return PackedTensor(self.weight[index], scale, self.spec, self.columns, zero_point, self.table)
+        scale = self.scale if one_scale else select(self.scale)
+        zero_point = self.zero_point if one_scale or self.zero_point is None else select(self.zero_point)
+        return PackedTensor(select(self.weight), scale, self.spec, self.columns, zero_point, self.table)
 
 
 def to_bits(values: Tensor, dtype_name: str) -> Tensor:
@@ -102,7 +106,7 @@ def decode_rows(packed: PackedTensor, rows: slice | Tensor) -> Tensor:
     spec = packed.spec
     codes = unpack_codes(selected.weight, spec.bits, packed.columns, spec.packing)
     scale, zero_point = scales(selected), zero_points(selected)
-    values = table_of(packed)[codes.int()].reshape(codes.shape[0], scale.shape[-1], -1)
+    values = table_of(packed)[codes.int()].unflatten(-1, (scale.shape[-1], -1))
     if zero_point is not None:
         values = values - zero_point.unsqueeze(-1)
     return (values * scale.unsqueeze(-1)).reshape(codes.shape)

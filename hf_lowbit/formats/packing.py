@@ -7,6 +7,8 @@ per byte.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,14 +20,16 @@ _TRIT_WEIGHTS = (1, 3, 9, 27, 81)
 def packed_columns(columns: int, bits: int, packing: str = "dense") -> int:
     """Number of int32 words that ``columns`` codes of ``bits`` bits occupy."""
     if packing == "base3":
-        return -(-(-(-columns // _TRITS_PER_BYTE)) // 4)
-    return -(-columns * bits // 32)
+        return math.ceil(math.ceil(columns / _TRITS_PER_BYTE) / 4)
+    return math.ceil(columns * bits / 32)
 
 
 def pack_codes(codes: Tensor, bits: int, packing: str = "dense") -> Tensor:
     """uint8 codes ``[..., columns]`` to int32 words ``[..., packed_columns]``."""
     flat = codes.reshape(-1, codes.shape[-1])
-    words = torch.empty(flat.shape[0], packed_columns(flat.shape[1], bits, packing), dtype=torch.int32, device=codes.device)
+    words = torch.empty(
+        flat.shape[0], packed_columns(flat.shape[1], bits, packing), dtype=torch.int32, device=codes.device
+    )
     pack = _pack_base3 if packing == "base3" else _pack_dense
     for rows in _row_chunks(flat):
         words[rows] = pack(flat[rows], bits)

@@ -46,16 +46,19 @@ class WeightSpec:
     codebook: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.codebook is not None:
-            object.__setattr__(self, "codebook", tuple(float(v) for v in self.codebook))
+        self._check_parameters()
         if type(self.bits) is not int:
             raise SpecError(f"bits must be an integer, not {self.bits!r}")
+        if type(self.symmetric) is not bool:
+            raise SpecError(f"symmetric must be True or False, not {self.symmetric!r}")
         if self.group_size == -1:
             raise SpecError("group_size=-1 is not accepted; use None for one scale per row")
         is_count = type(self.group_size) is int and self.group_size > 0
         if not (self.group_size is None or self.group_size == "tensor" or is_count):
-            raise SpecError(f"group_size must be a positive integer, None (per row) or 'tensor', not {self.group_size!r}")
-        if self.scale_dtype not in SCALE_DTYPES:
+            raise SpecError(
+                f"group_size must be a positive integer, None (per row) or 'tensor', not {self.group_size!r}"
+            )
+        if self.scale_dtype not in tuple(SCALE_DTYPES):
             raise SpecError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, not {self.scale_dtype!r}")
         if self.packing not in ("dense", "base3"):
             raise SpecError(f"packing must be 'dense' or 'base3', not {self.packing!r}")
@@ -71,6 +74,19 @@ class WeightSpec:
                 get_format(self.format, self.bits, self.exponent, self.codebook)
             except ValueError as error:
                 raise SpecError(str(error)) from None
+
+    def _check_parameters(self) -> None:
+        """Exponent and codebook: of the right type, and given to the format that has them only."""
+        for name, owner in (("exponent", "power"), ("codebook", "codebook")):
+            if getattr(self, name) is not None and self.format != owner:
+                raise SpecError(f"{name} belongs to format {owner!r}; format {self.format!r} has none")
+        if self.exponent is not None and type(self.exponent) not in (int, float):
+            raise SpecError(f"exponent must be a number, not {self.exponent!r}")
+        if self.codebook is not None:
+            given = self.codebook if isinstance(self.codebook, list | tuple) else [None]
+            if not all(isinstance(value, int | float) for value in given):
+                raise SpecError(f"codebook must be a list of numbers, not {self.codebook!r}")
+            object.__setattr__(self, "codebook", tuple(float(value) for value in self.codebook))
 
     @property
     def has_fitted_table(self) -> bool:
@@ -117,7 +133,11 @@ class WeightSpec:
     def to_dict(self) -> dict[str, Any]:
         """Fields that differ from the defaults, except that format, bits and group_size are always there."""
         always = ("format", "bits", "group_size")
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in always or getattr(self, f.name) != f.default}
+        values = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name in always or getattr(self, f.name) != f.default
+        }
         if self.codebook is not None:
             values["codebook"] = list(self.codebook)
         return values
@@ -136,8 +156,8 @@ class ActivationSpec:
     bits: int = 8
 
     def __post_init__(self) -> None:
-        allowed = {"int": (4, 6, 8), "float8_e4m3fn": (8,)}
-        if self.format not in allowed or self.bits not in allowed[self.format]:
+        allowed = (("int", 4), ("int", 6), ("int", 8), ("float8_e4m3fn", 8))
+        if type(self.bits) is not int or (self.format, self.bits) not in allowed:
             raise SpecError(
                 "activations are quantized to format 'int' with 4, 6 or 8 bits or to 'float8_e4m3fn', "
                 f"not to {self.format!r} with {self.bits} bits"

@@ -8,6 +8,8 @@ import logging
 from torch import nn
 
 from hf_lowbit.config import LowbitConfig
+from hf_lowbit.integrations.compensation import attach_compensation
+from hf_lowbit.integrations.origin import base_model_record
 from hf_lowbit.nn import CorruptWeightError
 from hf_lowbit.plan import Plan, packed_modules
 from hf_lowbit.reporting import Report, describe, peak_memory_bytes
@@ -18,10 +20,11 @@ logger = logging.getLogger("hf_lowbit")
 
 
 def finish_quantization(model: nn.Module, config: LowbitConfig, plan: Plan, outcome: Outcome, seconds: float) -> Report:
-    """Check coverage, write the report, remember both on the model.
+    """Check coverage, write the report, remember both on the model, attach the compensation adapter if there is one.
 
     Raises:
         QuantizationError: a planned layer is not packed.
+        ValueError: a compensation adapter on a plain module.
     """
     missing = [
         f"{name}.{parameter}"
@@ -40,9 +43,11 @@ def finish_quantization(model: nn.Module, config: LowbitConfig, plan: Plan, outc
         layer.error = outcome.errors.get(layer.name)
     report.skipped, report.warnings = dict(plan.skipped), list(plan.warnings)
     report.original_bits, report.seconds, report.peak_memory_bytes = outcome.original_bits, seconds, peak_memory_bytes()
-    config.provenance = {"versions": library_versions(), "seed": config.seed, **config.provenance}
+    made = {"versions": library_versions(), "seed": config.seed, **base_model_record(model)}
+    config.provenance = {**made, **config.provenance}
     state = QuantizationState(config, report, adapters=outcome.adapters)
     attach_state(model, state)
+    attach_compensation(model, state)
     return report
 
 

@@ -1,4 +1,8 @@
-"""Making the libraries know every method: transformers at once, diffusers and PEFT when they are imported."""
+"""Making the libraries know every method, as soon as the part of them that must know is imported.
+
+Importing transformers' quantizers takes more than a second, so that registration waits for it as it does for diffusers
+and PEFT: whoever loads a model imports them anyway.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +14,25 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from hf_lowbit.method import methods
+ADAPTERS = {
+    "transformers.quantizers.auto": "hf_lowbit.integrations.transformers",
+    "diffusers.quantizers.auto": "hf_lowbit.integrations.diffusers",
+    "peft.tuners.lora.model": "hf_lowbit.integrations.peft",
+}
 
 
 def register_all() -> None:
-    """Register every method with transformers now, and with diffusers and PEFT now or on their import."""
-    from hf_lowbit.integrations import transformers as adapter
-
-    for method in methods().values():
-        adapter.register(str(method.config_class.quant_method), method.config_class)
-    _when_imported("diffusers.quantizers.auto", "hf_lowbit.integrations.diffusers")
-    _when_imported("peft.tuners.lora.model", "hf_lowbit.integrations.peft")
+    """Register every method with each library now, or on its import."""
+    for library_module, adapter in ADAPTERS.items():
+        _when_imported(library_module, adapter)
 
 
 def _when_imported(library_module: str, adapter: str) -> None:
     """Call ``adapter.register_all()`` as soon as ``library_module`` has been executed."""
 
     def register() -> None:
-        importlib.import_module(adapter).register_all()
+        # the adapter may be what is importing the library right now: then it registers at its own end
+        getattr(importlib.import_module(adapter), "register_all", lambda: None)()
 
     if library_module in sys.modules:
         register()

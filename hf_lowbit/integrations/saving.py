@@ -6,6 +6,9 @@ carries its own versions of both; classes stay as they are.
 
 from __future__ import annotations
 
+import functools
+import logging
+import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +16,31 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowbit.integrations.adapters import ADAPTER, adapter_names, without_adapters, without_compensation
 from hf_lowbit.integrations.atomic import write_folder
+from hf_lowbit.integrations.compat.transformers import adapters_loaded
+from hf_lowbit.integrations.compensation import FOLDER, keeps_adapter, save_compensation
 from hf_lowbit.state import state_of
+
+logger = logging.getLogger("hf_lowbit")
 
 _OVERRIDDEN = ("save_pretrained", "push_to_hub")
 
 
 def attach_saving(model: nn.Module) -> None:
     """Give a transformers or diffusers model the product's ``save_pretrained`` and ``push_to_hub``."""
-    object.__setattr__(model, "save_pretrained", types.MethodType(_save_pretrained, model))
-    object.__setattr__(model, "push_to_hub", types.MethodType(_push_to_hub, model))
+    for name, ours in zip(_OVERRIDDEN, (_save_pretrained, _push_to_hub), strict=True):
+        object.__setattr__(model, name, types.MethodType(_like(getattr(type(model), name), ours), model))
+
+
+def _like(library_method: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Our method with the name and signature of the library's: pipelines pass on only what a signature names."""
+
+    @functools.wraps(library_method)
+    def method(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return ours(model, *args, **kwargs)
+
+    return method
 
 
 def detach_saving(model: nn.Module) -> None:
@@ -38,24 +56,56 @@ def library_save(model: Any) -> Callable[..., None]:
 
 
 def _save_pretrained(model: Any, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
-    """Save weights, config, report, model card and adapter; see the library's ``save_pretrained`` for arguments.
+    """Save packed weights, config, report, model card and compensation adapter, atomically.
 
-    The folder is written atomically. With adapters of PEFT active on the model, the base is saved in full (packed)
-    and the active adapter beside it.
+    Adapters of the user's own stay what they are in each library: a transformers model that has some saves the active
+    one and nothing else, a diffusers model saves its base without them. See the library's ``save_pretrained`` for
+    arguments.
     """
     from hf_lowbit.integrations.hub import push_to_hub as push
-    from hf_lowbit.integrations.hub import write_extras
 
-    def write(folder: Path) -> None:
-        library_save(model)(folder, **save_arguments)
-        write_extras(model, folder, kept_card=Path(save_directory) / "README.md")
-
+    names = adapter_names(model)
+    if names - {ADAPTER} and _saves_adapters_only(model):
+        with without_compensation(model):
+            library_save(model)(save_directory, push_to_hub=push_to_hub, **kwargs)
+        return
     hub_arguments = {key: kwargs.pop(key) for key in ("repo_id", "token", "private", "commit_message") if key in kwargs}
-    save_arguments = kwargs
-    assert state_of(model) is not None
-    write_folder(save_directory, write)
+    _write_base(model, Path(save_directory), ADAPTER in names, kwargs)
     if push_to_hub:
         push(model, hub_arguments.pop("repo_id", Path(save_directory).name), **hub_arguments)
+
+
+def _saves_adapters_only(model: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel) and adapters_loaded(model)
+
+
+def _write_base(model: Any, target: Path, compensated: bool, arguments: dict[str, Any]) -> None:
+    from hf_lowbit.integrations.hub import write_extras
+
+    state = state_of(model)
+    assert state is not None
+    if keeps_adapter(state.config) and not compensated:
+        logger.info("the compensation adapter has been merged or removed: the saved config does not name it")
+        state.config.low_rank = None
+    if arguments.get("state_dict") is not None:
+        arguments["state_dict"] = _without_adapter_tensors(arguments["state_dict"])
+
+    def write(folder: Path) -> None:
+        with without_adapters(model):
+            library_save(model)(folder, **arguments)
+            write_extras(model, folder, kept_card=target / "README.md")
+        if compensated:
+            save_compensation(model, folder, base=str(target.absolute()))
+
+    write_folder(target, write)
+    if not compensated:
+        shutil.rmtree(target / FOLDER, ignore_errors=True)  # of an earlier model
+
+
+def _without_adapter_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items() if ".lora_" not in name}
 
 
 def _push_to_hub(model: Any, repo_id: str, **kwargs: Any) -> Any:

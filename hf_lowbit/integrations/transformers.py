@@ -9,16 +9,19 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_lowbit.config import LowbitConfig
 from hf_lowbit.integrations.compat import transformers as compat
+from hf_lowbit.integrations.adapters import fold_compensation
+from hf_lowbit.integrations.compensation import keeps_adapter, load_compensation
 from hf_lowbit.integrations.finish import check_loaded, finish_quantization
 from hf_lowbit.integrations.saving import attach_saving, detach_saving
-from hf_lowbit.method import Recipe, method_of
+from hf_lowbit.method import Recipe, method_of, methods
 from hf_lowbit.nn import PackedModule
 from hf_lowbit.plan import ModelFacts, Plan, PlanError, build_plan, install, packed_modules, replace_module
 from hf_lowbit.state import QuantizationState, attach_state, detach_state
@@ -32,9 +35,10 @@ _COMPANIONS = ("", "_scale", "_zero_point", "_table", "_low_rank_a", "_low_rank_
 class LowbitHfQuantizer(compat.HfQuantizer):
     """transformers' view of a :class:`LowbitConfig`."""
 
+    quantization_config: LowbitConfig
     requires_calibration = False
     # transformers derives from this how per-expert tensors of a companion merge into the fused one, and split again.
-    serialized_names = {"weight": [f"weight{suffix}" for suffix in _COMPANIONS]}
+    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": [f"weight{suffix}" for suffix in _COMPANIONS]}
 
     def __init__(self, quantization_config: LowbitConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # the user's config stays as it was
@@ -42,6 +46,7 @@ class LowbitHfQuantizer(compat.HfQuantizer):
         self.outcome = Outcome()
         self.failures: list[str] = []
         self.recipe: Recipe | None = None
+        self.checkpoint_folder: str | None = None
         self.started = time.monotonic()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -50,14 +55,10 @@ class LowbitHfQuantizer(compat.HfQuantizer):
         if not self.pre_quantized:
             if isinstance(device_map, dict) and "disk" in device_map.values():
                 raise ValueError(
-                    "hf_lowbit cannot quantize while part of the model is offloaded to disk: transformers would keep the "
+                    "hf_lowbit cannot quantize while part of the model is offloaded to disk: transformers would keep "
                     "float tensors there. Quantize without disk offload, save the result, and load that with offload"
                 )
             self.recipe = method.make_recipe(self.quantization_config)
-
-    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The model's own type."""
-        return dtype
 
     @property
     def quantized_element_size(self) -> float:
@@ -66,7 +67,11 @@ class LowbitHfQuantizer(compat.HfQuantizer):
         per_scale = spec.group_size if isinstance(spec.group_size, int) else 1024
         return spec.bits / 8 + 4 / per_scale
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if checkpoint_files:
+            self.checkpoint_folder = str(Path(checkpoint_files[0]).parent)
         if self.pre_quantized:
             names = [name for name, _ in model.named_modules()]
             self.plan = Plan.from_list(self._stored_plan(), names, compat.base_model_prefix(model))
@@ -80,7 +85,9 @@ class LowbitHfQuantizer(compat.HfQuantizer):
 
     def _stored_plan(self) -> list[dict[str, Any]]:
         if self.quantization_config.plan is None:
-            raise PlanError("the checkpoint's quantization_config has no plan: it was not written by hf_lowbit, or edited")
+            raise PlanError(
+                "the checkpoint's quantization_config has no plan: hf_lowbit did not write it"
+            )
         return self.quantization_config.plan
 
     def _tie_companions(self, model: nn.Module) -> None:
@@ -113,11 +120,14 @@ class LowbitHfQuantizer(compat.HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
             check_loaded(model, self.plan)
-            attach_state(model, QuantizationState(self.quantization_config, source=str(model.config.name_or_path)))
+            attach_state(model, QuantizationState(self.quantization_config, source=compat.name_or_path(model)))
+            if keeps_adapter(self.quantization_config):
+                load_compensation(model, self.checkpoint_folder or compat.name_or_path(model))
         else:
             if self.failures:
                 raise QuantizationError("; ".join(self.failures))
-            finish_quantization(model, self.quantization_config, self.plan, self.outcome, time.monotonic() - self.started)
+            seconds = time.monotonic() - self.started
+            finish_quantization(model, self.quantization_config, self.plan, self.outcome, seconds)
         attach_saving(model)
         return model
 
@@ -148,7 +158,9 @@ class _QuantizeOnLoad(compat.ConversionOps):
         self.quantizer = quantizer
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> dict[str, Tensor]:
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """transformers swallows what an op raises, so failures are collected and raised after loading."""
         assert model is not None and self.quantizer.recipe is not None
         result: dict[str, Tensor] = {}
@@ -175,7 +187,7 @@ class _QuantizeOnLoad(compat.ConversionOps):
 def facts_of(model: nn.Module) -> ModelFacts:
     """What transformers knows of a model: its heads, tied weights and float32 modules."""
     heads = set()
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = compat.output_embeddings(model)
     names = {id(module): name for name, module in model.named_modules()}
     if output is not None and id(output) in names:
         heads.add(names[id(output)])
@@ -190,6 +202,13 @@ def facts_of(model: nn.Module) -> ModelFacts:
     return ModelFacts(frozenset(heads), tied, compat.keep_in_fp32(model))
 
 
+def adopt(model: nn.Module, config: LowbitConfig) -> None:
+    """Give a live model that was quantized in place what from_pretrained would have given it."""
+    quantizer = LowbitHfQuantizer(config, pre_quantized=True)
+    quantizer.quantization_config = config
+    compat.mark_quantized(model, quantizer)
+
+
 def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every packed module by its float original, in place, and forget that the model was quantized."""
     owners: dict[int, nn.Parameter] = {}
@@ -202,11 +221,17 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
         elif module.packed_parameters == ("weight",):
             owners[key] = restored.weight  # type: ignore[assignment]
         replace_module(model, name, restored)
+    fold_compensation(model)
     detach_saving(model)
     detach_state(model)
 
 
-def register(method_name: str, config_class: type[LowbitConfig]) -> None:
-    """Make transformers know a method. Importing twice is harmless."""
-    compat.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(method_name, config_class)
-    compat.AUTO_QUANTIZER_MAPPING.setdefault(method_name, LowbitHfQuantizer)
+def register_all() -> None:
+    """Make transformers know every method. Calling it twice is harmless."""
+    for method in methods().values():
+        name = str(method.config_class.quant_method)
+        compat.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(name, method.config_class)
+        compat.AUTO_QUANTIZER_MAPPING.setdefault(name, LowbitHfQuantizer)
+
+
+register_all()

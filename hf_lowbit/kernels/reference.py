@@ -26,7 +26,7 @@ class _PackedLinear(torch.autograd.Function):
             return F.linear(x, decode(packed, x.dtype))
         tokens = x.reshape(-1, x.shape[-1])
         result = sliced_linear(*quantize_tokens(tokens, activation), packed, x.dtype)
-        return result.to(x.dtype).reshape(*x.shape[:-1], -1)
+        return result.to(x.dtype).reshape(*x.shape[:-1], result.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

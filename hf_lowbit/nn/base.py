@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from hf_lowbit.formats.packed import from_bits, to_bits
 from hf_lowbit.nn.spec import LayerSpec
 
 _FACTOR_DTYPE = "bfloat16"
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class CorruptWeightError(ValueError):
@@ -41,7 +42,11 @@ class PackedModule(nn.Module):
     @classmethod
     @abstractmethod
     def from_float(cls, module: nn.Module, spec: LayerSpec) -> PackedModule:
-        """A packed module in the unpacked state, sharing the float module's parameters."""
+        """A packed module in the unpacked state, sharing the float module's parameters.
+
+        Raises:
+            TypeError: the kind does not pack such a module.
+        """
 
     @abstractmethod
     def to_float(self, dtype: torch.dtype) -> nn.Module:
@@ -66,7 +71,9 @@ class PackedModule(nn.Module):
     def companion_shapes(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Parameter name -> (shape, dtype) of everything stored for ``name``, the codes included."""
         leading, columns = self.matrix_shape(name)
-        stored = {f"{name}{suffix}": value for suffix, value in self.layer_spec.weight.companions(leading, columns).items()}
+        stored = {
+            f"{name}{suffix}": value for suffix, value in self.layer_spec.weight.companions(leading, columns).items()
+        }
         if rank := self.layer_spec.low_rank:
             stacked = (*leading[:-1], rank * self.branches(name), columns)
             stored[f"{name}_low_rank_a"] = (stacked, torch.int16)
@@ -139,7 +146,16 @@ class PackedModule(nn.Module):
         weight, rank = self.layer_spec.weight, self.layer_spec.low_rank
         group = "row" if weight.group_size is None else weight.group_size
         activation = "" if self.layer_spec.activation is None else f", activation={self.layer_spec.activation.format}"
-        return f"{shapes}, {weight.format} {weight.bits} bits, group={group}{activation}{f', rank={rank}' if rank else ''}"
+        return (
+            f"{shapes}, {weight.format} {weight.bits} bits, group={group}{activation}{f', rank={rank}' if rank else ''}"
+        )
+
+
+def expect(module: nn.Module, cls: type[_Module]) -> _Module:
+    """The module, if it is of the class that a kind packs. Raises TypeError otherwise."""
+    if not isinstance(module, cls):
+        raise TypeError(f"a {type(module).__name__} is not a {cls.__name__}")
+    return module
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

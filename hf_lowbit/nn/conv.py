@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_lowbit.kernels import packed_linear
-from hf_lowbit.nn.base import PackedModule
+from hf_lowbit.nn.base import PackedModule, expect
 from hf_lowbit.nn.spec import LayerSpec
 
 
@@ -18,7 +20,15 @@ class _PackedConv(PackedModule):
     unfolded and every patch is a token of its own.
     """
 
-    float_class: type[nn.modules.conv._ConvNd]
+    float_class: Any  # nn.Conv1d or nn.Conv2d: their constructors differ from their common base's
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
 
     def __init__(self, module: nn.modules.conv._ConvNd, spec: LayerSpec) -> None:
         nn.Module.__init__(self)
@@ -33,16 +43,17 @@ class _PackedConv(PackedModule):
     @classmethod
     def from_float(cls, module: nn.Module, spec: LayerSpec) -> _PackedConv:
         """From an nn.Conv1d or nn.Conv2d."""
-        assert isinstance(module, cls.float_class)
-        return cls(module, spec)
+        return cls(expect(module, cls.float_class), spec)
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
         """The torch convolution with dequantized weights."""
         shape = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation)
-        module = self.float_class(  # type: ignore[call-arg]
+        module: nn.Module = self.float_class(
             *shape, self.groups, self.bias is not None, padding_mode=self.padding_mode, device="meta"
         )
-        module.weight, module.bias = nn.Parameter(self.dequantized(dtype=dtype)), self.bias
+        module.register_parameter("weight", nn.Parameter(self.dequantized(dtype=dtype)))
+        if self.bias is not None:
+            module.register_parameter("bias", self.get_parameter("bias"))
         return module
 
     def matrix_shape(self, name: str) -> tuple[tuple[int, ...], int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.formats import decode_rows
-from hf_lowbit.nn.base import PackedModule
+from hf_lowbit.nn.base import PackedModule, expect
 from hf_lowbit.nn.spec import LayerSpec
 
 
@@ -17,6 +17,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     """
 
     kind = "embedding"
+    output_dtype: Tensor
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, spec: LayerSpec) -> None:
         nn.Module.__init__(self)
@@ -27,12 +28,14 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     @classmethod
     def from_float(cls, module: nn.Module, spec: LayerSpec) -> PackedEmbedding:
         """From an nn.Embedding. Raises ValueError if it renormalises its rows (max_norm)."""
-        assert isinstance(module, nn.Embedding)
-        if module.max_norm is not None:
+        embedding = expect(module, nn.Embedding)
+        if embedding.max_norm is not None:
             raise ValueError("an embedding with max_norm rewrites its weights in forward and cannot be packed")
-        packed = cls(module.num_embeddings, module.embedding_dim, module.padding_idx, spec)
-        packed.weight = module.weight
-        packed.register_buffer("output_dtype", torch.empty(0, dtype=module.weight.dtype, device="cpu"), persistent=False)
+        packed = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, spec)
+        packed.weight = embedding.weight
+        packed.register_buffer(
+            "output_dtype", torch.empty(0, dtype=embedding.weight.dtype, device="cpu"), persistent=False
+        )
         return packed
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:

@@ -35,6 +35,8 @@ class PackedExperts(PackedModule):
     @classmethod
     def from_float(cls, module: nn.Module, spec: LayerSpec) -> PackedExperts:
         """From a transformers experts module that passes :func:`unsupported_experts`."""
+        if reason := unsupported_experts(module):
+            raise TypeError(reason)
         packed = cls(module.gate_up_proj, module.down_proj, module.act_fn, spec)  # type: ignore[arg-type]
         object.__setattr__(packed, "_float_module_class", type(module))
         object.__setattr__(packed, "_config", getattr(module, "config", None))

@@ -44,8 +44,11 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def refusal_of(module: nn.Module) -> str | None:
-    """Why a module with weights that users would expect to be packed is not; None if it is, or has none."""
-    if kind_of(module) is not None:
+    """Why a module with weights is not packed; None if it is or can be, or has none.
+
+    Vectors (biases, norms) do not count as weights.
+    """
+    if isinstance(module, PackedModule) or kind_of(module) is not None:
         return None
     for float_type in _FLOAT_TYPES:
         if isinstance(module, float_type):
@@ -55,4 +58,5 @@ def refusal_of(module: nn.Module) -> str | None:
     owned = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
     if owned and ("experts" in type(module).__name__.lower() or hasattr(module, "down_proj")):
         return unsupported_experts(module) or f"{type(module).__name__} holds fused weights that are not supported"
-    return None
+    matrices = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
+    return f"{type(module).__name__} computes with its {', '.join(matrices)} itself" if matrices else None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_lowbit.kernels import packed_linear
-from hf_lowbit.nn.base import PackedModule
+from hf_lowbit.nn.base import PackedModule, expect
 from hf_lowbit.nn.spec import LayerSpec
 
 
@@ -27,9 +27,9 @@ class PackedLinear(PackedModule, nn.Linear):
     @classmethod
     def from_float(cls, module: nn.Module, spec: LayerSpec) -> PackedLinear:
         """From an nn.Linear."""
-        assert isinstance(module, nn.Linear)
-        packed = cls(module.in_features, module.out_features, spec)
-        packed.weight, packed.bias = module.weight, module.bias
+        linear = expect(module, nn.Linear)
+        packed = cls(linear.in_features, linear.out_features, spec)
+        packed.weight, packed.bias = linear.weight, linear.bias
         return packed
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
@@ -59,14 +59,19 @@ class PackedConv1D(PackedLinear):
     """
 
     kind = "transformers_conv1d"
+    nx: int
+    nf: int
 
     @classmethod
     def from_float(cls, module: nn.Module, spec: LayerSpec) -> PackedConv1D:
         """From a transformers Conv1D: weight ``[nx, nf]``, bias ``[nf]``."""
-        in_features, out_features = module.weight.shape  # type: ignore[union-attr]
+        if type(module).__name__ != "Conv1D":
+            raise TypeError(f"a {type(module).__name__} is not a transformers Conv1D")
+        weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
+        in_features, out_features = weight.shape
         packed = cls(in_features, out_features, spec)
         packed.nx, packed.nf = in_features, out_features
-        packed.weight, packed.bias = module.weight, module.bias  # type: ignore[assignment]
+        packed.weight, packed.bias = weight, bias
         return packed
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:

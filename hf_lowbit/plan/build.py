@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -10,11 +10,20 @@ from torch import nn
 
 from hf_lowbit.formats import WeightSpec
 from hf_lowbit.nn import KINDS, LayerSpec, PackedModule, kind_of, refusal_of
+from hf_lowbit.plan.adapters import check_adapters
 from hf_lowbit.plan.patterns import first_match, generalise
 from hf_lowbit.plan.plan import Plan, PlanError, PlannedLayer
 from hf_lowbit.plan.readers import directly_read
 
 _SMALLEST_USEFUL_GROUP = 16
+
+
+class Compensation(Protocol):
+    """What planning reads of a low-rank compensation."""
+
+    @property
+    def keep(self) -> str:
+        """Where it is kept."""
 
 
 class PlanningConfig(Protocol):
@@ -25,6 +34,10 @@ class PlanningConfig(Protocol):
     strict_groups: bool
     quantize_embeddings: bool
     quantize_lm_head: bool
+
+    @property
+    def low_rank(self) -> Compensation | None:
+        """Compensation of the rounding error, or None."""
 
     def layer_spec(self, name: str) -> LayerSpec:
         """The specification of a module after overrides."""
@@ -49,11 +62,12 @@ class ModelFacts:
         return next((group - {name} for group in self.tied if name in group), frozenset())
 
 
-def build_plan(model: nn.Module, config: PlanningConfig, facts: ModelFacts = ModelFacts()) -> Plan:  # noqa: B008
+def build_plan(model: nn.Module, config: PlanningConfig, facts: ModelFacts = ModelFacts()) -> Plan:
     """Plan a model, without reading any weight.
 
     Raises:
-        PlanError: a group that does not divide a layer's input under ``strict_groups``, or nothing to quantize.
+        PlanError: a group that does not divide a layer's input under ``strict_groups``, a compensation adapter for
+            layers that PEFT cannot adapt, or nothing to quantize.
     """
     plan = Plan({})
     regrouped: dict[str, list[str]] = {}
@@ -64,8 +78,11 @@ def build_plan(model: nn.Module, config: PlanningConfig, facts: ModelFacts = Mod
             plan.skipped[name] = reason
         elif kind is not None:
             plan.layers[name] = PlannedLayer(kind, _fit_groups(name, module, kind, config, regrouped))
+    plan.others = frozenset(name for name, _ in model.named_modules()) - {*plan.layers, *plan.skipped}
     plan.warnings += [f"{text}: {_summary(names)}" for text, names in regrouped.items()]
     _skip_partly_tied(plan, facts)
+    if config.low_rank is not None and config.low_rank.keep == "adapter":
+        check_adapters(model, plan)
     for pattern in (*(config.modules_to_not_convert or ()), *(config.overrides or ())):
         if not any(first_match([pattern], name) for name, _ in model.named_modules()):
             plan.warnings.append(f"the pattern {pattern!r} matches no module of this model")
@@ -81,21 +98,45 @@ def install(model: nn.Module, plan: Plan, packed: bool) -> None:
     Args:
         packed: True: with empty codes of the stored shapes, ready for a quantized checkpoint; False: with the float
             parameters still in place, ready to be quantized.
+
+    Raises:
+        PlanError: a stored plan that takes a module for something it is not.
     """
+    replacements = {}
     for name, layer in plan.layers.items():
-        module = KINDS[layer.kind].from_float(model.get_submodule(name), layer.spec)
+        original = model.get_submodule(name)
+        if kind_of(original) not in (layer.kind, None):
+            actual = type(original).__name__
+            raise PlanError(f"the plan calls {name} a {layer.kind}, but in this model it is a {actual}")
+        try:
+            module = KINDS[layer.kind].from_float(original, layer.spec)
+            for parameter in module.packed_parameters:
+                module.allocate(parameter, packed)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"the plan's entry for {name} does not fit this model: {error}") from None
         module.train(model.training)
-        for parameter in module.packed_parameters:
-            module.allocate(parameter, packed)
-        replace_module(model, name, module)
+        replacements[name] = module
+    replace_modules(model, replacements)
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Put modules in the places of those called by these names: in every place, where a module is used in several.
+
+    Raises:
+        PlanError: one of them is the model itself.
+    """
+    if "" in replacements:
+        raise PlanError("the model itself is a single layer; wrap it in a module")
+    by_original = {id(model.get_submodule(name)): module for name, module in replacements.items()}
+    places = [(owner, key, id(child)) for owner in model.modules() for key, child in owner._modules.items()]
+    for owner, key, original in places:
+        if original in by_original:
+            setattr(owner, key, by_original[original])
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one called ``name``. Raises PlanError for the model itself."""
-    parent, _, child = name.rpartition(".")
-    if not child:
-        raise PlanError("the model itself is a single layer; wrap it in a module")
-    setattr(model.get_submodule(parent), child, module)
+    """:func:`replace_modules` for a single one."""
+    replace_modules(model, {name: module})
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
@@ -115,12 +156,12 @@ def _reason_to_skip(
     if pattern := first_match(facts.full_precision, name):
         return f"the model keeps {pattern!r} in float32"
     tied = facts.tied_to(name)
-    wanted = config.quantize_embeddings or config.quantize_lm_head
-    if tied and not wanted:
+    ends = {other for other in (name, *tied) if other in facts.output_heads or _is_embedding(model, other)}
+    if ends and tied and not (config.quantize_embeddings or config.quantize_lm_head):
         return f"tied to {', '.join(sorted(tied))}; quantize_embeddings=True packs both"
-    if not tied and kind == "embedding" and not config.quantize_embeddings:
+    if ends and not tied and kind == "embedding" and not config.quantize_embeddings:
         return "an embedding; quantize_embeddings=True packs it"
-    if not tied and name in facts.output_heads and not config.quantize_lm_head:
+    if ends and not tied and kind != "embedding" and not config.quantize_lm_head:
         return "the output head; quantize_lm_head=True packs it"
     parent, _, child = name.rpartition(".")
     owner = model.get_submodule(parent)
@@ -131,6 +172,10 @@ def _reason_to_skip(
     if _columns(module, kind) < 2:
         return "one input per output: there is nothing to pack"
     return None
+
+
+def _is_embedding(model: nn.Module, name: str) -> bool:
+    return kind_of(model.get_submodule(name)) == "embedding"
 
 
 def _columns(module: nn.Module, kind: str) -> int:
@@ -164,7 +209,9 @@ def _fit_groups(
 
 def _check_experts(name: str, kind: str, spec: LayerSpec) -> LayerSpec:
     if kind == "experts" and spec.weight.has_fitted_table:
-        raise PlanError(f"{name}: a codebook cannot be fitted to fused experts; give codebook=[...] or override the format")
+        raise PlanError(
+            f"{name}: a codebook cannot be fitted to fused experts; give codebook=[...] or override the format"
+        )
     return spec
 
 

@@ -36,6 +36,16 @@ def generalise(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
+def generalisations(name: str) -> list[str]:
+    """Patterns that a name answers to, the widest first.
+
+    All indices as ``*``, then all but the last ("blocks.*.to_out.0").
+    """
+    parts = name.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=len(parts))
+    return [generalise(name), ".".join([generalise(".".join(parts[:last])), *parts[last:]]) if last else name]
+
+
 def expand(pattern: str, names: Iterable[str]) -> list[str]:
     """The names that a generalised pattern stands for: ``*`` is one list index."""
     regex = re.compile(r"\.".join(r"\d+" if part == "*" else re.escape(part) for part in pattern.split(".")))

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_lowbit.formats import SpecError
 from hf_lowbit.nn import KINDS, LayerSpec
-from hf_lowbit.plan.patterns import expand, generalise
+from hf_lowbit.plan.patterns import expand, generalisations
 
 
 class PlanError(ValueError):
@@ -35,30 +35,30 @@ class Plan:
         layers: module name -> planned layer.
         skipped: module name -> why it stays in full precision. Not stored in configs; reports list it.
         warnings: changes a user did not ask for, such as a smaller group. Not stored either.
+        others: names of all other modules of the model, for which no stored pattern may stand.
     """
 
     layers: dict[str, PlannedLayer]
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    others: frozenset[str] = frozenset()
 
     def to_list(self) -> list[dict[str, Any]]:
         """One entry per distinct layer: ``{"kind", "weight", ..., "modules": [patterns]}``.
 
         Indices are generalised to ``*`` where every module of that shape of name has the same entry.
         """
-        by_pattern: dict[str, set[PlannedLayer]] = {}
-        members: dict[str, set[str]] = {}
-        for name, layer in self.layers.items():
-            by_pattern.setdefault(generalise(name), set()).add(layer)
-        for name in self.skipped:
-            members.setdefault(generalise(name), set()).add(name)
+        answering: dict[str, set[PlannedLayer | None]] = {}
+        for name in (*self.layers, *self.skipped, *self.others):
+            for pattern in generalisations(name):
+                answering.setdefault(pattern, set()).add(self.layers.get(name))
         entries: dict[PlannedLayer, list[str]] = {}
         for name, layer in self.layers.items():
-            pattern = generalise(name)
-            shared = len(by_pattern[pattern]) == 1 and pattern not in members
+            candidates = (*generalisations(name), name)
+            pattern = next(pattern for pattern in candidates if answering.get(pattern, {layer}) == {layer})
             patterns = entries.setdefault(layer, [])
-            if (pattern if shared else name) not in patterns:
-                patterns.append(pattern if shared else name)
+            if pattern not in patterns:
+                patterns.append(pattern)
         return [{"kind": layer.kind, **layer.spec.to_dict(), "modules": modules} for layer, modules in entries.items()]
 
     @classmethod

@@ -2,12 +2,13 @@
 
 Conventions (the ones the literature's RTN baselines differ in; [ours] where no paper fixes it):
  - symmetric integers use the full range, scale = absmax / (2^(b-1) - 1/2), as GPTQ's and compressed-tensors' symmetric
-   grids do, so that |w - w_hat| <= scale / 2 for every weight;
+   grids do, so that |w - w_hat| <= scale / 2 for every weight (within the rounding of the stored scale: one that was
+   rounded down moves the largest weights just beyond the grid, where they saturate);
  - asymmetric integers force the range to contain zero (GPTQ's convention), with an integer zero point;
  - one bit is sign(w) * mean|w|, the L1-optimal binarisation (XNOR-Net, arXiv 1603.05279), around the mean when
    there is a zero point [ours];
- - ternary is 0 below 0.7 mean|w| and scale * sign(w) above, scale the mean magnitude of the kept weights (Ternary
-   Weight Networks, arXiv 1605.04711);
+ - the scale of ternary is the mean magnitude of the weights above 0.7 mean|w| (Ternary Weight Networks, arXiv
+   1605.04711); codes are the nearest ones, so that weights above scale / 2 are kept [ours: never a larger error];
  - every other table is scaled so that its largest value meets the group's absmax; with a zero point, the table's
    middle meets the middle of the range [ours].
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from hf_lowbit.formats import NumberFormat, WeightSpec
 from hf_lowbit.formats.packed import from_bits, to_bits
+from hf_lowbit.formats.spec import SCALE_DTYPES
 
 _TERNARY_THRESHOLD = 0.7
 
@@ -54,7 +56,9 @@ def fit_grid(grouped: Tensor, spec: WeightSpec, number_format: NumberFormat) -> 
     if number_format.name == "int" and number_format.bits == 1:
         mean = grouped.mean(-1)
         scale = _as_stored((grouped - mean.unsqueeze(-1)).abs().mean(-1), spec)
-        return Grid(scale, _as_stored(-mean / nonzero(scale), spec))
+        constant = scale == 0  # its only value is scale * sign
+        scale = torch.where(constant, _as_stored(mean.abs(), spec), scale)
+        return Grid(scale, _stored_zero_point(torch.where(constant, 0.0, -mean / nonzero(scale)), spec))
     low, high = grouped.amin(-1), grouped.amax(-1)
     if spec.has_integer_zero_point:
         return _integer_grid(low.clamp(max=0), high.clamp(min=0), spec, number_format)
@@ -90,16 +94,22 @@ def _centred_grid(low: Tensor, high: Tensor, spec: WeightSpec, number_format: Nu
     scale = _as_stored((high - low) / (top - bottom), spec)
     scale = torch.where((scale == 0) & (low != 0), _as_stored(low.abs(), spec), scale)  # a constant group
     middle = (high + low) / 2 / nonzero(scale)
-    return Grid(scale, _as_stored((top + bottom) / 2 - middle, spec))
+    return Grid(scale, _stored_zero_point((top + bottom) / 2 - middle, spec))
 
 
-def _as_stored(values: Tensor, spec: WeightSpec) -> Tensor:
+def _stored_zero_point(values: Tensor, spec: WeightSpec) -> Tensor:
+    """Like :func:`_as_stored`, but a zero point may vanish: beside a table's steps it is zero then."""
+    tiny = torch.finfo(SCALE_DTYPES[spec.scale_dtype]).tiny
+    return _as_stored(torch.where(values.abs() < tiny, torch.zeros_like(values), values), spec, "zero point")
+
+
+def _as_stored(values: Tensor, spec: WeightSpec, what: str = "scale") -> Tensor:
     """Values after their round trip through storage. Raises RoundingError where that loses them altogether."""
     rounded = from_bits(to_bits(values, spec.scale_dtype), spec.scale_dtype)
     lost = ~torch.isfinite(rounded) | ((rounded == 0) & (values != 0))
     if bool(lost.any()):
         raise RoundingError(
-            f"a scale of {values[lost][0].item():.3g} does not fit scale_dtype={spec.scale_dtype!r}; "
+            f"a {what} of {values[lost][0].item():.3g} does not fit scale_dtype={spec.scale_dtype!r}; "
             "use scale_dtype='bfloat16' or 'float32'"
         )
     return rounded

@@ -54,7 +54,9 @@ def round_to_nearest(weight: Tensor, spec: WeightSpec) -> PackedTensor:
 
 def relative_error(weight: Tensor, packed: PackedTensor) -> float:
     """||w - w_hat|| / ||w|| in the Frobenius norm, 0 for an all-zero weight; both sides are read in chunks."""
-    pairs = zip(weight, (packed[i] for i in range(len(weight))), strict=True) if weight.dim() == 3 else [(weight, packed)]
+    pairs = (
+        zip(weight, (packed[i] for i in range(len(weight))), strict=True) if weight.dim() == 3 else [(weight, packed)]
+    )
     error = norm = 0.0
     for matrix, matrix_packed in pairs:
         step = max(1, _CHUNK_ELEMENTS // packed.columns)

@@ -16,8 +16,13 @@ __all__ = [
     "AUTO_QUANTIZER_MAPPING",
     "ConversionOps",
     "HfQuantizer",
+    "adapters_loaded",
     "base_model_prefix",
     "keep_in_fp32",
+    "mark_quantized",
+    "name_or_path",
+    "output_embeddings",
+    "set_adapters_loaded",
     "tie_companions",
     "tied_weights",
 ]
@@ -30,7 +35,8 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
 
 def tie_companions(model: nn.Module, target: str, source: str) -> None:
     """Make transformers tie one more pair of parameters, and leave the first out of saved files."""
-    model.all_tied_weights_keys[target] = source  # type: ignore[union-attr,operator,index]
+    keys: Any = model.all_tied_weights_keys
+    keys[target] = source
 
 
 def keep_in_fp32(model: nn.Module) -> tuple[str, ...]:
@@ -43,3 +49,38 @@ def keep_in_fp32(model: nn.Module) -> tuple[str, ...]:
 def base_model_prefix(model: nn.Module) -> str:
     """Prefix under which a model with a head holds its base ("model", "transformer"), or ""."""
     return str(getattr(model, "base_model_prefix", "") or "")
+
+
+def mark_quantized(model: nn.Module, quantizer: HfQuantizer) -> None:
+    """Set the attributes by which transformers knows a quantized model, as ``from_pretrained`` does."""
+    from transformers.quantizers.base import _assign_is_quantized
+
+    config = quantizer.quantization_config
+    attributes = {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": config.quant_method}
+    for name, value in attributes.items():
+        object.__setattr__(model, name, value)
+    model_config: Any = model.config
+    model_config.quantization_config = config
+    _assign_is_quantized(model)
+
+
+def name_or_path(model: Any) -> str:
+    """Folder or repository that a model was loaded from."""
+    return str(model.config.name_or_path)
+
+
+def output_embeddings(model: Any) -> nn.Module | None:
+    """A model's output projection; None for models without one."""
+    module: nn.Module | None = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return module
+
+
+def adapters_loaded(model: Any) -> bool:
+    """Whether transformers (or diffusers, whose mixin has the same flag) holds that PEFT adapters are on the model."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def set_adapters_loaded(model: Any, loaded: bool) -> None:
+    """Tell the library so; models without support for adapters have no such flag."""
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = loaded

@@ -1,0 +1,18 @@
+"""The command line: ``hf-lowbit``, one module per command.
+
+Importing this package loads neither torch nor transformers; commands import what they need when they run.
+"""
+
+from hf_lowbit.cli import dequantize, evaluate, inspection, methods, push, quantize, quickstart
+from hf_lowbit.cli.app import app
+
+__all__ = ["app", "dequantize", "evaluate", "inspection", "main", "methods", "push", "quantize", "quickstart"]
+
+# In help texts, the order in which a newcomer meets them.
+_ORDER = ("quickstart", "methods", "quantize", "inspect", "evaluate", "dequantize", "push")
+app.registered_commands.sort(key=lambda registered: _ORDER.index(registered.name or ""))
+
+
+def main() -> None:
+    """The console script ``hf-lowbit``."""
+    app()

@@ -1,0 +1,86 @@
+"""``hf-lowbit quantize``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_lowbit.cli.app import command
+from hf_lowbit.cli.console import print_json, say, screen, work
+
+
+@command("quantize")
+def quantize_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A folder or a repository: a model, or a diffusion pipeline.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the result: new, empty, or an earlier result.", show_default=False)
+    ],
+    method: Annotated[
+        str | None, typer.Option(help="The method's name; hf-lowbit methods lists them.", show_default=False)
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits per weight.", show_default="the format's")] = None,
+    group_size: Annotated[
+        str | None,
+        typer.Option(help="Weights that share a scale: a number, row or tensor.", show_default="the method's"),
+    ] = None,
+    number_format: Annotated[
+        str | None, typer.Option("--format", help="Number format: int, nf, fp_e2m1, ternary, ...", show_default="int")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Any other field of the method: --set activation_bits=8 --set low_rank.rank=16 "
+            "--set overrides.lm_head.bits=8. hf-lowbit methods NAME lists them. May be repeated.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Calibration texts (.txt, .jsonl, .json), for methods that need them.")
+    ] = None,
+    component: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Part of a pipeline to quantize; by default its denoiser. May be repeated."),
+    ] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="A JSON file with fields; options override it.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Replace an earlier result instead of keeping or refusing it.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Quantize a model while it loads, and save it."""
+    started = time.monotonic()
+    with work() as warnings:
+        from hf_lowbit.cli.account import accounts
+        from hf_lowbit.cli.run import quantize_to
+        from hf_lowbit.cli.settings import build_config
+        from hf_lowbit.cli.sources import check_model, read_texts
+
+        options = {"bits": bits, "group_size": group_size, "format": number_format}
+        config = build_config(method, config_file, options, assignments or [])
+        check_model(model)
+        texts = None if data is None else read_texts(data)
+        kept = quantize_to(model, config, output, texts, component, restart)
+        result = accounts(output)
+        seconds = time.monotonic() - started
+    from hf_lowbit.cli.view import account_json, show_account
+
+    if json_output:
+        print_json({**account_json(output, result), "model": model, "kept": kept, "command_seconds": seconds})
+        return
+    if kept:
+        say(f"{output} already holds this result; nothing was done (--restart makes it anew)")
+    screen().print(
+        f"{'Kept' if kept else 'Quantized'} {model} in {output}, {seconds:.1f} s in all", soft_wrap=True, markup=False
+    )
+    show_account(result, warnings)

@@ -1,0 +1,122 @@
+"""PEFT adapters on a model object: finding them, putting ours on, and looking past them when the model is saved.
+
+Everything here works, and finds nothing, where PEFT is not installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowbit.integrations.compat.transformers import adapters_loaded, set_adapters_loaded
+from hf_lowbit.nn import CorruptWeightError
+from hf_lowbit.plan import replace_modules
+
+ADAPTER = "lowbit"  # the name of the compensation adapter: it belongs to the packed weights
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """Name -> outermost PEFT layer of every adapted module."""
+    if "peft.tuners.tuners_utils" not in sys.modules:
+        return {}
+    from hf_lowbit.integrations.compat.peft import BaseTunerLayer
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {name: layer for name, layer in layers.items() if name.removesuffix(".base_layer") not in layers.keys() - {name}}
+
+
+def adapter_names(model: nn.Module) -> set[str]:
+    """Names of all adapters on a model."""
+    parts = (getattr(layer, key, {}) for layer in adapted_layers(model).values() for key in layer.adapter_layer_names)
+    return {name for part in parts for name in part}
+
+
+def inject(model: nn.Module, config: Any, tensors: dict[str, Tensor]) -> None:
+    """Put the compensation adapter on a model: active, frozen, in the model's own type.
+
+    PEFT freezes the rest of the model, as it does under any first adapter, and leaves it as it is under later ones.
+
+    Args:
+        model: without adapters.
+        config: a LoraConfig whose target modules are those of the tensors.
+        tensors: "<module>.lora_A.weight" and so on.
+
+    Raises:
+        CorruptWeightError: tensors that do not fit the model.
+    """
+    from peft import inject_adapter_in_model
+
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    inject_adapter_in_model(config, model, ADAPTER)
+    set_adapters_loaded(model, True)
+    for name, layer in adapted_layers(model).items():
+        layer.train(model.training)
+        device = _device(layer.get_base_layer())
+        own = [key for key, _ in layer.named_parameters() if "lora_" in key and ADAPTER in key.split(".")]
+        for key in own:
+            stored = tensors.get(f"{name}.{key.replace(f'.{ADAPTER}', '')}")
+            place, _, leaf = key.rpartition(".")
+            owner = layer.get_submodule(place)
+            expected = getattr(owner, leaf)
+            if stored is None or stored.shape != expected.shape:
+                found = "missing" if stored is None else f"of shape {tuple(stored.shape)}"
+                raise CorruptWeightError(f"{name}.{key} is {found}; the model needs {tuple(expected.shape)}")
+            setattr(owner, leaf, nn.Parameter(stored.to(device, dtype), requires_grad=False))
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The packed base alone, for saving: adapted layers are out of the module tree, and the library knows of none."""
+    layers, loaded = adapted_layers(model), adapters_loaded(model)
+    replace_modules(model, {name: layer.get_base_layer() for name, layer in layers.items()})
+    set_adapters_loaded(model, False)
+    try:
+        yield
+    finally:
+        replace_modules(model, layers)
+        set_adapters_loaded(model, loaded)
+
+
+@contextmanager
+def without_compensation(model: nn.Module) -> Iterator[None]:
+    """The user's adapters alone, for saving: transformers refuses to save several active ones."""
+    from hf_lowbit.integrations.compat.peft import active_adapters, set_active_adapters
+
+    active = [(layer, active_adapters(layer)) for layer in adapted_layers(model).values()]
+    for layer, names in active:
+        set_active_adapters(layer, [name for name in names if name != ADAPTER])
+    try:
+        yield
+    finally:
+        for layer, names in active:
+            set_active_adapters(layer, names)
+
+
+def fold_compensation(model: nn.Module) -> None:
+    """Add the compensation to the weights of a model whose packed layers have been dequantized, and remove it."""
+    folded: set[int] = set()
+    layers = {name: layer for name, layer in adapted_layers(model).items() if ADAPTER in getattr(layer, "r", {})}
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        if ADAPTER not in layer.merged_adapters and id(base.weight) not in folded:  # tied weights are one
+            base.weight.data += layer.get_delta_weight(ADAPTER).to(base.weight.dtype)
+            folded.add(id(base.weight))
+        layer.delete_adapter(ADAPTER)
+        if not layer.r:
+            replace_modules(model, {name: base})
+    if layers:
+        remaining: dict[str, Any] = getattr(model, "peft_config", {})
+        remaining.pop(ADAPTER, None)
+        if not remaining:
+            model.__dict__.pop("peft_config", None)
+            set_adapters_loaded(model, False)
+
+
+def _device(base: Any) -> Any:
+    hook = getattr(base, "_hf_hook", None)
+    return getattr(hook, "execution_device", None) or "cpu" if base.weight.is_meta else base.weight.device

@@ -1,0 +1,46 @@
+"""One new process reloads every saved artefact and finds the same bits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hf_lowbit
+from tests.matrix.models import MODELS
+
+_RELOAD = """
+import json, sys
+import torch
+import hf_lowbit
+from tests.matrix.models import MODELS, fingerprint
+for line in sys.stdin:
+    name, folder, output = json.loads(line)
+    model = MODELS[name].load(folder)
+    torch.save(MODELS[name].run(model), output)
+    print(json.dumps(fingerprint(model)), flush=True)
+"""
+
+
+def test_every_artefact_reloads_in_a_new_process(artefact: Callable[..., Any], tmp_path: Path) -> None:
+    saved = [
+        (tiny, artefact(method, tiny))
+        for method in hf_lowbit.methods().values()
+        if not method.needs_data
+        for tiny in MODELS.values()
+    ]
+    orders = [json.dumps([tiny.name, str(a.folder), str(tmp_path / f"{i}.pt")]) for i, (tiny, a) in enumerate(saved)]
+    result = subprocess.run(
+        [sys.executable, "-c", _RELOAD], input="\n".join(orders), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == len(saved)
+    for index, ((tiny, artefact_), tensors) in enumerate(zip(saved, found, strict=True)):
+        assert tensors == artefact_.tensors, tiny.name
+        assert torch.equal(torch.load(tmp_path / f"{index}.pt"), artefact_.output), tiny.name

@@ -1,0 +1,226 @@
+"""LowbitConfig: strict, plain data, and never a holder of the user's data on disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from typing import Any
+
+import pytest
+
+from hf_lowbit import ConfigError, LowRankConfig, RTNConfig
+from hf_lowbit.config import FORMAT_VERSION, MethodName
+from hf_lowbit.formats import ActivationSpec, WeightSpec
+
+PLAN = [{"kind": "linear", "weight": {"format": "int", "bits": 4, "group_size": 64}, "modules": ["layers.*.q"]}]
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"bits": 3, "group_size": None, "symmetric": False},
+    {"format": "nf", "group_size": "tensor", "scale_dtype": "float16"},
+    {"format": "power", "exponent": 0.5},
+    {"format": "ternary", "packing": "base3"},
+    {"format": "codebook", "codebook": (-1, 0, 0.5, 1)},
+    {"format": "codebook", "bits": 3},
+    {"activation_bits": 6},
+    {"activation_format": "fp_e4m3fn", "format": "float8_e4m3fn"},
+    {"quantize_embeddings": True, "quantize_lm_head": True, "strict_groups": True, "seed": 7},
+    {"modules_to_not_convert": ("lm_head", r".*\.q"), "overrides": {"layers.0": {"bits": 8, "group_size": None}}},
+    {"low_rank": LowRankConfig(8, keep="adapter")},
+    {"plan": PLAN, "provenance": {"source": "org/model"}},
+]
+every_config = pytest.mark.parametrize("values", CONFIGS, ids=lambda v: "-".join(v) or "default")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bit": 4}, "RTNConfig has no field bit; did you mean 'bits'?"),
+        ({"groupsize": 4}, "did you mean 'group_size'?"),
+        ({"xyzzy": 4}, "known fields: format, bits"),
+        ({"bits": "4"}, "bits must be an integer, not '4'"),
+        ({"bits": 9}, "1 to 8 bits"),
+        ({"bits": 8, "format": "nf"}, "2 to 4 bits"),
+        ({"format": "int4"}, "unknown number format 'int4'"),
+        ({"format": 4}, "by its name"),
+        ({"group_size": -1}, "use None for one scale per row"),
+        ({"group_size": 0}, "group_size must be"),
+        ({"symmetric": "no"}, "symmetric must be True or False"),
+        ({"scale_dtype": "float8"}, "scale_dtype must be one of"),
+        ({"packing": "base3"}, "base3"),
+        ({"exponent": 0.5}, "exponent belongs to format 'power'"),
+        ({"format": "power"}, "needs an exponent"),
+        ({"format": "power", "exponent": 5}, "exponent <= 4"),
+        ({"codebook": [0, 1]}, "codebook belongs to format 'codebook'"),
+        ({"format": "codebook", "codebook": [0, 1, 2]}, "4 values, not 3"),
+        ({"format": "codebook", "codebook": "01"}, "must be a list of numbers"),
+        ({"activation_bits": 5}, "4, 6 or 8 bits"),
+        ({"activation_bits": "8"}, "4, 6 or 8 bits"),
+        ({"activation_format": "nf"}, "activations are quantized to"),
+        ({"activation_format": ["int"]}, "activations are quantized to"),
+        ({"activation_format": "float8_e4m3fn", "activation_bits": 4}, "activations are quantized to"),
+        ({"quantize_embeddings": 1}, "quantize_embeddings must be True or False"),
+        ({"quantize_lm_head": "yes"}, "quantize_lm_head must be True or False"),
+        ({"strict_groups": None}, "strict_groups must be True or False"),
+        ({"modules_to_not_convert": "lm_head"}, "must be a list"),
+        ({"modules_to_not_convert": [3]}, "a module name or regular expression is expected"),
+        ({"modules_to_not_convert": ["["]}, "not a valid regular expression"),
+        ({"overrides": ["lm_head"]}, "overrides must be"),
+        ({"overrides": {"lm_head": 8}}, "overrides must be"),
+        ({"overrides": {"[": {}}}, "not a valid regular expression"),
+        ({"overrides": {"lm_head": {"bit": 8}}}, "cannot set bit; it can set format, bits"),
+        ({"overrides": {"lm_head": {"low_rank": 8}}}, "cannot set low_rank"),
+        ({"overrides": {"lm_head": {"bits": 12}}}, "1 to 8 bits"),
+        ({"overrides": {"lm_head": {"format": None}}}, "by its name"),
+        ({"low_rank": 8}, "low_rank must be a LowRankConfig"),
+        ({"low_rank": {"rnk": 8}}, "no field low_rank.rnk; did you mean 'rank'?"),
+        ({"low_rank": {"rank": 0}}, "low_rank.rank must be a positive integer"),
+        ({"low_rank": {"metric": "diag"}}, "low_rank.metric='diag'"),
+        ({"low_rank": {"keep": "fused"}}, "low_rank.keep='fused'"),
+        ({"backend": "cuda"}, "backend='cuda' is not available; available: reference"),
+        ({"num_samples": 0}, "num_samples must be a positive integer"),
+        ({"sequence_length": 1.5}, "sequence_length must be a positive integer"),
+        ({"seed": "now"}, "seed must be an integer"),
+        ({"provenance": "me"}, "provenance must be a dictionary"),
+        ({"plan": {}}, "a plan is a list"),
+        ({"plan": [{"kind": "os.system", "weight": {}, "modules": []}]}, "unknown kind"),
+    ],
+    ids=str,
+)
+def test_unknown_and_out_of_range_fields_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        RTNConfig(**values)
+    assert message in str(refusal.value)
+
+
+@every_config
+def test_dict_round_trip_through_json(values: dict[str, Any]) -> None:
+    config = RTNConfig(**values)
+    restored = RTNConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert restored == config
+    assert restored.same_request(config)
+
+
+@every_config
+def test_copies_are_equal(values: dict[str, Any]) -> None:
+    config = RTNConfig(**values)
+    assert copy.deepcopy(config) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_stored_form() -> None:
+    assert RTNConfig(seed=3).to_dict() == {
+        "quant_method": "lowbit_rtn",
+        "format_version": FORMAT_VERSION,
+        "format": "int",
+        "bits": 4,
+        "group_size": 128,
+        "seed": 3,
+    }
+    assert RTNConfig().to_diff_dict() == dict(RTNConfig()) == RTNConfig().to_dict()
+
+
+def test_json_string_is_what_transformers_writes() -> None:
+    assert json.loads(RTNConfig(bits=3).to_json_string(use_diff=False))["bits"] == 3
+
+
+def test_the_dataset_is_never_stored() -> None:
+    config = RTNConfig(dataset=["the secret text"])
+    assert "dataset" not in config.to_dict()
+    assert "secret" not in config.to_json_string() + repr(config)
+
+
+def test_copies_share_the_dataset_and_not_the_plan() -> None:
+    data = [object()]
+    config = RTNConfig(dataset=data, plan=PLAN, provenance={"source": {"name": "x"}})
+    copied = copy.deepcopy(config)
+    assert copied.dataset is data
+    assert copied.plan == config.plan and copied.plan is not config.plan
+    copied.provenance["source"]["name"] = "y"
+    assert config.provenance == {"source": {"name": "x"}}
+
+
+def test_to_dict_is_a_copy() -> None:
+    config = RTNConfig(plan=copy.deepcopy(PLAN))
+    config.to_dict()["plan"].clear()
+    assert config.plan == PLAN
+
+
+def test_copy_with_data_starts_a_new_run() -> None:
+    config = RTNConfig(dataset="old", plan=PLAN)
+    run = config.copy_with_data("new")
+    assert (run.dataset, run.plan) == ("new", None)
+    assert config.copy_with_data(None).dataset == "old"
+
+
+def test_same_request_ignores_plan_and_provenance_only() -> None:
+    config = RTNConfig(bits=3)
+    assert config.same_request(RTNConfig(bits=3, plan=PLAN, provenance={"a": 1}))
+    assert not config.same_request(RTNConfig(bits=3, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"quant_method": "lowbit_gptq"}, "a config of 'lowbit_gptq', not of 'lowbit_rtn'"),
+        ({"format_version": FORMAT_VERSION + 1}, "upgrade hf_lowbit"),
+        ({"format_version": "1"}, "format_version='1'"),
+        ({"format_version": 0}, "format_version=0"),
+        ({"bites": 4}, "did you mean 'bits'"),
+        ({"bits": 44}, "1 to 8"),
+    ],
+)
+def test_from_dict_is_strict(stored: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RTNConfig.from_dict({"quant_method": "lowbit_rtn", **stored})
+
+
+def test_from_dict_takes_what_transformers_passes() -> None:
+    config, unused = RTNConfig.from_dict(
+        {"quant_method": MethodName("lowbit_rtn"), "bits": 3}, return_unused_kwargs=True, seed=5
+    )
+    assert (config.bits, config.seed, unused) == (3, 5, {})
+
+
+def test_quant_method_is_a_string_with_the_value_that_diffusers_reads() -> None:
+    assert RTNConfig().quant_method == "lowbit_rtn" == RTNConfig.quant_method.value
+    assert type(RTNConfig.quant_method.value) is str
+    assert json.dumps(RTNConfig.quant_method) == '"lowbit_rtn"'
+
+
+def test_rtn_defaults() -> None:
+    config = RTNConfig()
+    assert (config.format, config.bits, config.group_size, config.symmetric) == ("int", 4, 128, True)
+    assert not config.quantize_embeddings and not config.quantize_lm_head and config.activation_bits is None
+    assert config.layer_spec("layer").weight == WeightSpec("int", 4, 128)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int", 4), ("ternary", 2), ("float8_e5m2", 8), ("fp_e3m2", 6)])
+def test_bits_follow_the_format_when_none_are_given(name: str, bits: int) -> None:
+    assert RTNConfig(format=name).bits == bits
+
+
+def test_layer_spec_applies_the_first_override_that_matches() -> None:
+    config = RTNConfig(
+        format="power", exponent=0.5, activation_bits=8, low_rank={"rank": 4},
+        overrides={"layers.0": {"format": "nf"}, r".*": {"activation_bits": None, "bits": 3}},
+    )  # fmt: skip
+    first, other = config.layer_spec("model.layers.0.q"), config.layer_spec("model.layers.1.q")
+    assert first.weight == WeightSpec("nf", 4, 128)  # another format takes no exponent along
+    assert other.weight == WeightSpec("power", 3, 128, exponent=0.5)
+    assert (first.activation, other.activation) == (ActivationSpec("int", 8), None)
+    assert first.low_rank == other.low_rank == 4
+
+
+def test_an_adapter_is_no_branch_of_the_layer() -> None:
+    assert RTNConfig(low_rank=LowRankConfig(8, keep="adapter")).layer_spec("x").low_rank == 0
+
+
+def test_activation_formats() -> None:
+    assert RTNConfig(activation_bits=4).layer_spec("x").activation == ActivationSpec("int", 4)
+    assert RTNConfig(activation_format="int").layer_spec("x").activation == ActivationSpec("int", 8)
+    assert RTNConfig(activation_format="fp_e4m3fn").layer_spec("x").activation == ActivationSpec("float8_e4m3fn", 8)
+
+
+def test_repr_shows_what_differs() -> None:
+    assert repr(RTNConfig(seed=2, plan=PLAN)) == "RTNConfig(format='int', bits=4, group_size=128, seed=2)"
