@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ def progress(description: str) -> Iterator[None]:
     enabled = library.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         library.disable_progress_bar()
-        _disable_diffusers_bars()
     with _bars("tensors") as bars:
         previous = library.set_tqdm_hook(lambda factory, args, kwargs: _Bar(bars, description, *args, **kwargs))
         try:
@@ -35,13 +33,6 @@ def progress(description: str) -> Iterator[None]:
             library.set_tqdm_hook(previous)
             if enabled:
                 library.enable_progress_bar()
-
-
-def _disable_diffusers_bars() -> None:
-    if importlib.util.find_spec("diffusers") is not None:
-        from diffusers.utils import logging as library
-
-        library.disable_progress_bar()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ def quantize_to(
     from hf_lowbit import quantize
 
     before = _report_files(output)
+    _quiet_pipeline(model)
     try:
         with progress("quantizing"):
             quantize(model, config, data=data, output=output, resume=not restart, components=components)
@@ -43,8 +45,17 @@ def load(model: str | Path, description: str) -> Any:
     """Load a model or pipeline, quantized or not."""
     from hf_lowbit.integrations.loading import load_quantized
 
+    _quiet_pipeline(model)
     with progress(description):
         return load_quantized(model)
+
+
+def _quiet_pipeline(model: str | Path) -> None:
+    """No bars of diffusers in a log file: it does not look whether somebody watches."""
+    if (Path(model) / "model_index.json").is_file() and not sys.stderr.isatty():
+        from diffusers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _report_files(folder: Path) -> dict[str, os.stat_result]:

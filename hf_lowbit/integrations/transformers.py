@@ -22,7 +22,7 @@ from hf_lowbit.integrations.compensation import keeps_adapter, load_compensation
 from hf_lowbit.integrations.finish import check_loaded, finish_quantization
 from hf_lowbit.integrations.saving import attach_saving, detach_saving
 from hf_lowbit.method import Recipe, method_of, methods
-from hf_lowbit.nn import PackedModule
+from hf_lowbit.nn import CorruptWeightError, PackedModule
 from hf_lowbit.plan import ModelFacts, Plan, PlanError, build_plan, install, packed_modules, replace_module
 from hf_lowbit.state import QuantizationState, attach_state, detach_state
 from hf_lowbit.tensorwise import Outcome, QuantizationError, quantize_parameter
@@ -82,6 +82,8 @@ class LowbitHfQuantizer(compat.HfQuantizer):
                 logger.warning(warning)
         self._tie_companions(model)
         install(model, self.plan, packed=self.pre_quantized)
+        for module in packed_modules(model).values():
+            compat.mark_initialized(module)
 
     def _stored_plan(self) -> list[dict[str, Any]]:
         if self.quantization_config.plan is None:
@@ -119,6 +121,7 @@ class LowbitHfQuantizer(compat.HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
+            self._refuse_missing(model)
             check_loaded(model, self.plan)
             attach_state(model, QuantizationState(self.quantization_config, source=compat.name_or_path(model)))
             if keeps_adapter(self.quantization_config):
@@ -130,6 +133,20 @@ class LowbitHfQuantizer(compat.HfQuantizer):
             finish_quantization(model, self.quantization_config, self.plan, self.outcome, seconds)
         attach_saving(model)
         return model
+
+    def _refuse_missing(self, model: nn.Module) -> None:
+        """transformers fills what a checkpoint lacks with whatever memory holds, and only warns."""
+        missing = [
+            f"{name}.{key}"
+            for name, module in packed_modules(model).items()
+            for key, parameter in module.named_parameters(recurse=False)
+            if not compat.was_loaded(parameter)
+        ]
+        if missing:
+            raise CorruptWeightError(
+                f"the checkpoint lacks {len(missing)} tensors of packed layers: {', '.join(missing[:5])}; "
+                "it is incomplete, or its config was edited"
+            )
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes config.dtype, which is a string once the model has been saved

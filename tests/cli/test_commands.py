@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Run
-from tests.hub.fixture import Hub, hub  # noqa: F401  (a fixture)
+from tests.hub.fixture import Hub
 
 
 def test_methods(run: Run, run_json) -> None:

@@ -19,12 +19,14 @@ __all__ = [
     "adapters_loaded",
     "base_model_prefix",
     "keep_in_fp32",
+    "mark_initialized",
     "mark_quantized",
     "name_or_path",
     "output_embeddings",
     "set_adapters_loaded",
     "tie_companions",
     "tied_weights",
+    "was_loaded",
 ]
 
 
@@ -84,3 +86,13 @@ def set_adapters_loaded(model: Any, loaded: bool) -> None:
     """Tell the library so; models without support for adapters have no such flag."""
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = loaded
+
+
+def mark_initialized(module: nn.Module) -> None:
+    """Keep transformers from drawing random numbers into a module whose weights it has not seen arrive (offload)."""
+    object.__setattr__(module, "_is_hf_initialized", True)
+
+
+def was_loaded(parameter: nn.Parameter) -> bool:
+    """True for a parameter that came from the checkpoint, or lies offloaded on disk."""
+    return parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
