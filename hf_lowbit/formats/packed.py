@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_lowbit.formats.number_format import look_up
 from hf_lowbit.formats.packing import unpack_codes
 from hf_lowbit.formats.spec import SCALE_DTYPES, WeightSpec, bit_pattern_dtype
 
@@ -106,7 +107,8 @@ def decode_rows(packed: PackedTensor, rows: slice | Tensor) -> Tensor:
     spec = packed.spec
     codes = unpack_codes(selected.weight, spec.bits, packed.columns, spec.packing)
     scale, zero_point = scales(selected), zero_points(selected)
-    values = table_of(packed)[codes.int()].unflatten(-1, (scale.shape[-1], -1))
+    values = look_up(table_of(packed), codes).unflatten(-1, (scale.shape[-1], -1))
     if zero_point is not None:
-        values = values - zero_point.unsqueeze(-1)
-    return (values * scale.unsqueeze(-1)).reshape(codes.shape)
+        values -= zero_point.unsqueeze(-1)
+    values *= scale.unsqueeze(-1)
+    return values.reshape(codes.shape)

@@ -59,7 +59,12 @@ def _pack_dense(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_dense(words: Tensor, bits: int, columns: int) -> Tensor:
-    """Shift and mask, vectorised over the ``bits`` words that hold 32 codes each."""
+    """Whole bytes where no code crosses one, else shift and mask over the ``bits`` words that hold 32 codes each."""
+    if 8 % bits == 0:
+        octets = words.contiguous().view(torch.uint8).unsqueeze(-1)
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+        codes = octets if bits == 8 else (octets >> shifts) & ((1 << bits) - 1)
+        return codes.reshape(words.shape[0], -1)[:, :columns]
     rows = words.shape[0]
     blocks = -(-columns // 32)
     padded = torch.nn.functional.pad(words, (0, blocks * bits - words.shape[1])).reshape(rows, blocks, bits)

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lowbit.integrations.compat.transformers import adapters_loaded, set_adapters_loaded
+from hf_lowbit.integrations.compat.adapters import (
+    adapters_loaded,
+    set_adapters_loaded,
+    set_weight_conversions,
+    weight_conversions,
+)
 from hf_lowbit.nn import CorruptWeightError
 from hf_lowbit.plan import replace_modules
 
@@ -47,6 +52,7 @@ def inject(model: nn.Module, config: Any, tensors: dict[str, Tensor]) -> None:
         tensors: "<module>.lora_A.weight" and so on.
 
     Raises:
+        ValueError: PEFT adapts other layers than those.
         CorruptWeightError: tensors that do not fit the model.
     """
     from peft import inject_adapter_in_model
@@ -54,7 +60,14 @@ def inject(model: nn.Module, config: Any, tensors: dict[str, Tensor]) -> None:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     inject_adapter_in_model(config, model, ADAPTER)
     set_adapters_loaded(model, True)
-    for name, layer in adapted_layers(model).items():
+    layers = adapted_layers(model)
+    planned = {key.partition(".lora_")[0] for key in tensors}
+    if layers.keys() != planned:
+        raise ValueError(
+            f"PEFT did not adapt the layers that the compensation is of ({', '.join(sorted(layers.keys() ^ planned)[:3])}): "
+            'in MoE models it takes some names for those of experts. Use low_rank keep="branch"'
+        )
+    for name, layer in layers.items():
         layer.train(model.training)
         device = _device(layer.get_base_layer())
         own = [key for key, _ in layer.named_parameters() if "lora_" in key and ADAPTER in key.split(".")]
@@ -70,15 +83,22 @@ def inject(model: nn.Module, config: Any, tensors: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The packed base alone, for saving: adapted layers are out of the module tree, and the library knows of none."""
-    layers, loaded = adapted_layers(model), adapters_loaded(model)
+def without_adapters(model: nn.Module, conversions: Any) -> Iterator[None]:
+    """The packed base alone, for saving: adapted layers are out of the module tree, and the library knows of none.
+
+    Args:
+        model: with or without adapters.
+        conversions: transformers' weight conversions of the base.
+    """
+    layers, loaded, replaced = adapted_layers(model), adapters_loaded(model), weight_conversions(model)
     replace_modules(model, {name: layer.get_base_layer() for name, layer in layers.items()})
     set_adapters_loaded(model, False)
+    set_weight_conversions(model, conversions)
     try:
         yield
     finally:
         replace_modules(model, layers)
+        set_weight_conversions(model, replaced)
         set_adapters_loaded(model, loaded)
 
 

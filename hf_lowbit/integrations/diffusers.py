@@ -29,12 +29,13 @@ logger = logging.getLogger("hf_lowbit")
 class LowbitDiffusersQuantizer(compat.DiffusersQuantizer):
     """diffusers' view of a :class:`LowbitConfig`."""
 
-    quantization_config: LowbitConfig
+    quantization_config: LowbitConfig  # type: ignore[assignment]
     use_keep_in_fp32_modules = True
 
     def __init__(self, quantization_config: LowbitConfig, **kwargs: Any) -> None:
         kwargs.setdefault("pre_quantized", quantization_config.plan is not None)  # from_single_file does not say
-        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # the user's config stays as it was
+        config: Any = copy.deepcopy(quantization_config)  # the user's config stays as it was
+        super().__init__(config, **kwargs)
         self.plan = Plan({})
         self.outcome = Outcome()
         self.recipe: Recipe | None = None
@@ -50,8 +51,8 @@ class LowbitDiffusersQuantizer(compat.DiffusersQuantizer):
             return
         if self.offloads:
             raise ValueError(
-                "hf_lowbit cannot quantize while part of the model is offloaded to disk: diffusers would keep the float "
-                "tensors there. Quantize without disk offload, save the result, and load that with offload"
+                "hf_lowbit cannot quantize while part of the model is offloaded to disk: diffusers would keep the "
+                "float tensors there. Quantize without disk offload, save the result, and load that with offload"
             )
         self.recipe = method_of(self.quantization_config).make_recipe(self.quantization_config)
 
@@ -76,7 +77,9 @@ class LowbitDiffusersQuantizer(compat.DiffusersQuantizer):
 
     def _stored_plan(self) -> list[dict[str, Any]]:
         if self.quantization_config.plan is None:
-            raise PlanError("the checkpoint's quantization_config has no plan: it was not written by hf_lowbit, or edited")
+            raise PlanError(
+                "the checkpoint's quantization_config has no plan: it was not written by hf_lowbit, or edited"
+            )
         return self.quantization_config.plan
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -104,7 +107,7 @@ class LowbitDiffusersQuantizer(compat.DiffusersQuantizer):
             return False
         return key in module.packed_parameters
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]
         self,
         model: nn.Module,
         param_value: Tensor,
@@ -125,7 +128,9 @@ class LowbitDiffusersQuantizer(compat.DiffusersQuantizer):
         assert isinstance(module, PackedModule)
         stored = state_dict.get(param_name, param_value)  # diffusers may have cast param_value
         if not stored.is_floating_point():
-            raise QuantizationError(f"{param_name} is stored as {stored.dtype}: it is quantized already, by something else")
+            raise QuantizationError(
+                f"{param_name} is stored as {stored.dtype}: it is quantized already, by something else"
+            )
         low_rank = self.quantization_config.low_rank
         adapter_rank = low_rank.rank if low_rank is not None and low_rank.keep == "adapter" else 0
         weight = param_value.to(target_device)
@@ -141,7 +146,9 @@ class LowbitDiffusersQuantizer(compat.DiffusersQuantizer):
                 load_compensation(model, self.source)
         else:
             self._refuse_withheld(model)
-            finish_quantization(model, self.quantization_config, self.plan, self.outcome, time.monotonic() - self.started)
+            finish_quantization(
+                model, self.quantization_config, self.plan, self.outcome, time.monotonic() - self.started
+            )
         attach_saving(model)
         return model
 
@@ -150,14 +157,14 @@ class LowbitDiffusersQuantizer(compat.DiffusersQuantizer):
         withheld = [name for name in floats if name in self.checkpoint_keys]
         if withheld:
             raise QuantizationError(
-                f"diffusers kept {len(withheld)} weights of the checkpoint from being quantized ({', '.join(withheld[:5])}): "
-                "load without offload_state_dict and ignore_mismatched_sizes"
+                f"diffusers kept {len(withheld)} weights of the checkpoint from being quantized "
+                f"({', '.join(withheld[:5])}): load without offload_state_dict and ignore_mismatched_sizes"
             )
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         from hf_lowbit.integrations.transformers import dequantize_modules
 
-        dtype = model.dtype
+        dtype: Any = model.dtype
         dequantize_modules(model, dtype if dtype.is_floating_point else torch.float32)
         compat.forget_quantized(model)
         return model
@@ -243,6 +250,6 @@ def _refuse_contradiction(module: PackedModule, full_name: str, key: str, stored
         expected = module.companion_shapes(parameter).get(key)
         if expected is not None and expected != (tuple(stored.shape), stored.dtype):
             raise CorruptWeightError(
-                f"{full_name} is {tuple(stored.shape)} {stored.dtype} in the checkpoint, but the plan says {expected[0]} "
-                f"{expected[1]}; the checkpoint is damaged or its config was edited"
+                f"{full_name} is {tuple(stored.shape)} {stored.dtype} in the checkpoint, but the plan says "
+                f"{expected[0]} {expected[1]}; the checkpoint is damaged or its config was edited"
             )

@@ -51,8 +51,10 @@ def _is_adapter(name: str) -> bool:
 
 
 def _checkpoint_gradients(model: Any) -> None:
-    if hasattr(model, "gradient_checkpointing_enable"):  # transformers
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # transformers renamed it
+    enable = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+    if enable is not None:
+        enable({"use_reentrant": False})
         model.enable_input_require_grads()
     elif hasattr(model, "enable_gradient_checkpointing"):  # diffusers, which never re-enters
         model.enable_gradient_checkpointing()
@@ -75,8 +77,8 @@ def dispatch_packed(
     if parameter_name is not None:
         raise ValueError(
             f"target_parameters names {parameter_name!r} of {where}, which hf_lowbit has packed: PEFT would add to its "
-            "codes. Target modules instead (attention, routers, shared experts), or leave the experts in full precision "
-            "with modules_to_not_convert"
+            'codes. (In MoE models "all-linear" and the names of expert projections stand for such parameters.) Target other '
+            "modules, such as those of attention, or leave the experts in full precision with modules_to_not_convert"
         )
     if base is not target:
         raise ValueError(f"{where} has an adapter of another kind ({type(target).__name__}): LoRA cannot be put on top")

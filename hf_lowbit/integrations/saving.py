@@ -18,18 +18,21 @@ from torch import nn
 
 from hf_lowbit.integrations.adapters import ADAPTER, adapter_names, without_adapters, without_compensation
 from hf_lowbit.integrations.atomic import write_folder
-from hf_lowbit.integrations.compat.transformers import adapters_loaded
+from hf_lowbit.integrations.compat.adapters import adapters_loaded, weight_conversions
 from hf_lowbit.integrations.compensation import FOLDER, keeps_adapter, save_compensation
 from hf_lowbit.state import state_of
 
 logger = logging.getLogger("hf_lowbit")
 
 _OVERRIDDEN = ("save_pretrained", "push_to_hub")
+_CONVERSIONS = "_lowbit_weight_conversions"  # of the base, before load_adapter could replace them
 
 
 def attach_saving(model: nn.Module) -> None:
     """Give a transformers or diffusers model the product's ``save_pretrained`` and ``push_to_hub``."""
-    for name, ours in zip(_OVERRIDDEN, (_save_pretrained, _push_to_hub), strict=True):
+    object.__setattr__(model, _CONVERSIONS, weight_conversions(model))
+    methods: dict[str, Callable[..., Any]] = {"save_pretrained": _save_pretrained, "push_to_hub": _push_to_hub}
+    for name, ours in methods.items():
         object.__setattr__(model, name, types.MethodType(_like(getattr(type(model), name), ours), model))
 
 
@@ -45,7 +48,7 @@ def _like(library_method: Callable[..., Any], ours: Callable[..., Any]) -> Calla
 
 def detach_saving(model: nn.Module) -> None:
     """Undo :func:`attach_saving`."""
-    for name in _OVERRIDDEN:
+    for name in (*_OVERRIDDEN, _CONVERSIONS):
         model.__dict__.pop(name, None)
 
 
@@ -93,7 +96,7 @@ def _write_base(model: Any, target: Path, compensated: bool, arguments: dict[str
         arguments["state_dict"] = _without_adapter_tensors(arguments["state_dict"])
 
     def write(folder: Path) -> None:
-        with without_adapters(model):
+        with without_adapters(model, model.__dict__.get(_CONVERSIONS)):
             library_save(model)(folder, **arguments)
             write_extras(model, folder, kept_card=target / "README.md")
         if compensated:

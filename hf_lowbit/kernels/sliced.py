@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec, unpack_codes
+from hf_lowbit.formats.number_format import look_up
 from hf_lowbit.formats.packed import scales, table_of, zero_points
 
 _EXACT_FLOAT_WIDTH = 1024  # 1024 * 127 * 128 < 2^24: float32 holds every partial sum exactly
@@ -44,7 +45,7 @@ def sliced_linear(codes: Tensor, scale: Tensor, packed: PackedTensor, dtype: tor
     """
     table, multiplier, product = _arithmetic(codes, packed, dtype)
     codes = codes if codes.dtype == table.dtype else codes.to(table.dtype)
-    values = table[unpack_codes(packed.weight, packed.spec.bits, packed.columns, packed.spec.packing).int()]
+    values = look_up(table, unpack_codes(packed.weight, packed.spec.bits, packed.columns, packed.spec.packing))
     weight_scale, zero = scales(packed) / multiplier, zero_points(packed)
     width = packed.columns // weight_scale.shape[-1]
     result = torch.zeros(codes.shape[0], values.shape[0], device=codes.device)

@@ -114,12 +114,16 @@ def test_every_layer_is_packed_and_reported(folder: Path) -> None:
     report = state_of(model).report
     assert {layer.name.removesuffix(".weight") for layer in report.layers} == expected
     embeddings = {name for name, module in floats.named_modules() if isinstance(module, nn.Embedding)}
-    assert {name for name, why in report.skipped.items() if "computes with its scale_shift_table" not in why} == embeddings
+    assert {
+        name for name, why in report.skipped.items() if "computes with its scale_shift_table" not in why
+    } == embeddings
     assert 4.4 < report.bits_per_weight < 4.6  # 4 bits and a bfloat16 scale for 32 or fewer weights
     assert all(0.02 < layer.error < 0.2 for layer in report.layers)
     stored = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     assert report.packed_bytes + report.other_bytes == stored + sum(
-        buffer.numel() * buffer.element_size() for name, buffer in model.named_buffers() if name not in model.state_dict()
+        buffer.numel() * buffer.element_size()
+        for name, buffer in model.named_buffers()
+        if name not in model.state_dict()
     )
 
 
@@ -168,12 +172,14 @@ def test_low_rank_branch(folders: dict[str, Path], name: str, tmp_path: Path) ->
     assert torch.equal(run(model), run(loaded))
 
 
-def test_low_rank_adapter_waits_for_peft(unet_folder: Path) -> None:
-    model = quantized(unet_folder, {**W4, "low_rank": LowRankConfig(rank=2, keep="adapter")})
-    adapters = state_of(model).adapters
-    assert set(adapters) == set(packed_modules(model))
-    a, b = adapters["conv_in"]
-    assert (a.shape, b.shape) == ((2, 3 * 9), (32, 2))
+def test_low_rank_adapter(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = folders["FluxTransformer2DModel"]
+    reference = run(load(folder))
+    model = quantized(folder, {**W4, "low_rank": LowRankConfig(rank=2, keep="adapter")})
+    assert distance(model, reference) < distance(quantized(folder), reference)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "lowbit_adapter" / "adapter_config.json").is_file()
+    assert torch.equal(run(model), run(load(tmp_path)))
 
 
 def test_dequantized_model_is_an_ordinary_one(folder: Path, tmp_path: Path) -> None:
@@ -358,7 +364,11 @@ def not_a_layer(config: dict[str, Any]) -> None:
     [
         (more_bits, CorruptWeightError, "but the plan says .*; the checkpoint is damaged or its config was edited"),
         (elsewhere, PlanError, "the plan names 'conv_nowhere', which this model does not have"),
-        (not_a_layer, PlanError, "the plan's entry for conv_norm_out does not fit this model: a GroupNorm is not a Conv2d"),
+        (
+            not_a_layer,
+            PlanError,
+            "entry for conv_norm_out does not fit this model: a GroupNorm is not a Conv2d",
+        ),
         (lambda config: config.pop("plan"), PlanError, "quantization_config has no plan"),
         (lambda config: config.update(bitz=4), ValueError, "has no field bitz; did you mean 'bits'"),
     ],
@@ -374,7 +384,9 @@ def test_stored_patterns_stand_for_packed_layers_only(folders: dict[str, Path]) 
     """diffusers puts linear layers and dropout into one list: to_out.0 and to_out.1, ff.net.2 and ff.net.1."""
     model = quantized(folders["PixArtTransformer2DModel"])
     modules = [name for entry in state_of(model).config.plan for name in entry["modules"]]
-    assert {"transformer_blocks.*.attn1.to_q", "transformer_blocks.*.attn1.to_out.0", "transformer_blocks.*.ff.net.2"} <= {
-        *modules
-    }
+    assert {
+        "transformer_blocks.*.attn1.to_q",
+        "transformer_blocks.*.attn1.to_out.0",
+        "transformer_blocks.*.ff.net.2",
+    } <= {*modules}
     assert not any(name.endswith("*") for name in modules)

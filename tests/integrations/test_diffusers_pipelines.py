@@ -98,7 +98,9 @@ def test_pictures(
 
 def test_both_forms_of_the_pipeline_config_agree(tmp_path: Path) -> None:
     config = RTNConfig(**W4)
-    by_name = load(ASSETS / "sd-fashion", PipelineQuantizationConfig(quant_mapping={"unet": config, "text_encoder": config}))
+    by_name = load(
+        ASSETS / "sd-fashion", PipelineQuantizationConfig(quant_mapping={"unet": config, "text_encoder": config})
+    )
     assert config.plan is None  # neither component wrote its plan into the user's config
     by_backend = load(
         ASSETS / "sd-fashion",

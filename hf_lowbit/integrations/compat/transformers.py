@@ -16,14 +16,12 @@ __all__ = [
     "AUTO_QUANTIZER_MAPPING",
     "ConversionOps",
     "HfQuantizer",
-    "adapters_loaded",
     "base_model_prefix",
     "keep_in_fp32",
     "mark_initialized",
     "mark_quantized",
     "name_or_path",
     "output_embeddings",
-    "set_adapters_loaded",
     "tie_companions",
     "tied_weights",
     "was_loaded",
@@ -75,17 +73,6 @@ def output_embeddings(model: Any) -> nn.Module | None:
     """A model's output projection; None for models without one."""
     module: nn.Module | None = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return module
-
-
-def adapters_loaded(model: Any) -> bool:
-    """Whether transformers (or diffusers, whose mixin has the same flag) holds that PEFT adapters are on the model."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
-
-
-def set_adapters_loaded(model: Any, loaded: bool) -> None:
-    """Tell the library so; models without support for adapters have no such flag."""
-    if hasattr(model, "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = loaded
 
 
 def mark_initialized(module: nn.Module) -> None:
