@@ -32,7 +32,9 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
     from hf_lowbit.integrations.compat.peft import BaseTunerLayer
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    return {name: layer for name, layer in layers.items() if name.removesuffix(".base_layer") not in layers.keys() - {name}}
+    return {
+        name: layer for name, layer in layers.items() if name.removesuffix(".base_layer") not in layers.keys() - {name}
+    }
 
 
 def adapter_names(model: nn.Module) -> set[str]:
@@ -64,7 +66,7 @@ def inject(model: nn.Module, config: Any, tensors: dict[str, Tensor]) -> None:
     planned = {key.partition(".lora_")[0] for key in tensors}
     if layers.keys() != planned:
         raise ValueError(
-            f"PEFT did not adapt the layers that the compensation is of ({', '.join(sorted(layers.keys() ^ planned)[:3])}): "
+            f"PEFT adapts other layers than the compensation is of ({', '.join(sorted(layers.keys() ^ planned)[:3])}): "
             'in MoE models it takes some names for those of experts. Use low_rank keep="branch"'
         )
     for name, layer in layers.items():

@@ -14,9 +14,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from torch import nn
 
 from hf_lowbit.integrations.accounts import quantized_components, quantized_owner, report
+from hf_lowbit.integrations.adapter_files import name_base
 from hf_lowbit.integrations.card import CARD_FILE, is_ours, render_card
 from hf_lowbit.integrations.card_facts import gather_facts
-from hf_lowbit.integrations.compensation import name_base
 from hf_lowbit.integrations.origin import hub_origin
 from hf_lowbit.reporting import REPORT_FILE
 from hf_lowbit.state import state_of

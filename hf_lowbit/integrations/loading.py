@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from hf_lowbit.config import ConfigError, LowbitConfig
@@ -20,6 +22,7 @@ from hf_lowbit.state import state_of
 
 logger = logging.getLogger("hf_lowbit")
 
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 
 
@@ -42,7 +45,7 @@ def load_quantized(source: str | Path, config: LowbitConfig | None = None, compo
     if "_class_name" in stored:
         from diffusers import AutoModel
 
-        return AutoModel.from_pretrained(source, **arguments)
+        return AutoModel.from_pretrained(str(source), torch_dtype=stored_dtype(source), **arguments)
     import transformers
 
     architectures = stored.get("architectures") or []
@@ -65,10 +68,14 @@ def pipeline_components(pipeline: Any, components: list[str] | None = None) -> l
 
 def model_facts(model: nn.Module, shared: tuple[frozenset[str], ...]) -> ModelFacts:
     """Facts of a live model: transformers' own where it is one, and the weights that modules share."""
-    if not _is_transformers(model):
-        return ModelFacts(tied=shared)
-    facts = transformers_adapter.facts_of(model)
-    return replace(facts, tied=shared or facts.tied)
+    if _is_transformers(model):
+        facts = transformers_adapter.facts_of(model)
+        return replace(facts, tied=shared or facts.tied)
+    if _is_diffusers(model):
+        from hf_lowbit.integrations import diffusers as diffusers_adapter
+
+        return replace(diffusers_adapter.facts_of(model), tied=shared)
+    return ModelFacts(tied=shared)
 
 
 def adopt(model: nn.Module, config: LowbitConfig) -> None:
@@ -87,8 +94,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     """Make a quantized model a float one, in place; the library it belongs to forgets that it was quantized."""
     if _is_transformers(model):
         model.dequantize(*(() if dtype is None else (dtype,)))
-    elif _is_diffusers(model) and dtype is None:
+    elif _is_diffusers(model):
         model.dequantize()
+        if dtype is not None:
+            model.to(dtype)
     else:
         floats = (p.dtype for p in model.parameters() if p.is_floating_point())
         transformers_adapter.dequantize_modules(model, dtype or next(floats, torch.float32))
@@ -98,14 +107,15 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 def _load_pipeline(source: str | Path, config: LowbitConfig | None, components: list[str] | None) -> Any:
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
+    dtype = stored_dtype(source)  # one for all parts: transformers' and diffusers' own defaults differ
     if config is None:
-        return DiffusionPipeline.from_pretrained(source)
+        return DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype)
     index = read_json(source, "model_index.json") or {}
     parts = {name: entry for name, entry in index.items() if isinstance(entry, list)}
     models = [name for name, entry in parts.items() if entry[0] in ("diffusers", "transformers")]
     chosen = _choose(models, components)
     mapping = PipelineQuantizationConfig(quant_mapping=dict.fromkeys(chosen, config))
-    pipeline = DiffusionPipeline.from_pretrained(source, quantization_config=mapping)
+    pipeline = DiffusionPipeline.from_pretrained(str(source), quantization_config=mapping, torch_dtype=dtype)
     unquantized = [name for name in chosen if state_of(getattr(pipeline, name, None)) is None]
     if unquantized:
         raise ConfigError(f"components without a model to quantize: {', '.join(unquantized)}")
@@ -133,6 +143,16 @@ def read_json(source: str | Path, name: str) -> dict[str, Any] | None:
         str(source), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=True
     )
     return None if found is None else json.loads(Path(found).read_text())
+
+
+def stored_dtype(source: str | Path) -> torch.dtype:
+    """The floating type that most weights of a local diffusers folder have; float32 for a repository."""
+    counts: Counter[str] = Counter()
+    for path in Path(source).glob("**/*.safetensors"):
+        with safe_open(path, "pt") as file:
+            counts.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+    floats = [name for name, _ in counts.most_common() if name in _FLOATS]
+    return _FLOATS[floats[0]] if floats else torch.float32
 
 
 def _is_transformers(model: nn.Module) -> bool:

@@ -77,8 +77,9 @@ def dispatch_packed(
     if parameter_name is not None:
         raise ValueError(
             f"target_parameters names {parameter_name!r} of {where}, which hf_lowbit has packed: PEFT would add to its "
-            'codes. (In MoE models "all-linear" and the names of expert projections stand for such parameters.) Target other '
-            "modules, such as those of attention, or leave the experts in full precision with modules_to_not_convert"
+            'codes. (In MoE models "all-linear" and the names of expert projections stand for such parameters.) Target '
+            "other modules, such as those of attention, or leave the experts in full precision with "
+            "modules_to_not_convert"
         )
     if base is not target:
         raise ValueError(f"{where} has an adapter of another kind ({type(target).__name__}): LoRA cannot be put on top")

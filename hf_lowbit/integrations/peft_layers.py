@@ -9,23 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hf_lowbit.integrations.adapters import ADAPTER
 from hf_lowbit.integrations.compat import peft as compat
-from hf_lowbit.method import method_of
+from hf_lowbit.integrations.peft_dora import (
+    PackedDoraConv1d,
+    PackedDoraConv2d,
+    PackedDoraEmbedding,
+    PackedDoraLinear,
+)
+from hf_lowbit.integrations.peft_merge import packed_tensors, requantize, restore
 from hf_lowbit.nn import PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear, PackedModule
-from hf_lowbit.state import config_of
-from hf_lowbit.tensorwise import Outcome, quantize_parameter
 
 _INITIALISATIONS = (True, False, "gaussian")
 _VARIANTS = ((), ("use_dora",), ("alora_invocation_tokens",))  # those that leave the base weight alone
 # What model code reads of a layer beside its weight (Whisper its convolutions' stride); PEFT's layers do not have them.
-_CONV_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "padding_mode", "dilation", "groups")
-_GEOMETRY = frozenset((*_CONV_GEOMETRY, "num_embeddings", "embedding_dim", "padding_idx"))
+_CONV_GEOMETRY = "in_channels out_channels kernel_size stride padding padding_mode dilation groups"
+_GEOMETRY = frozenset((*_CONV_GEOMETRY.split(), "num_embeddings", "embedding_dim", "padding_idx"))
 
 
 class _OnPacked:
@@ -71,19 +75,19 @@ class _OnPacked:
         if not isinstance(packed, PackedModule):  # dequantized since, or a stand-in
             super().merge(safe_merge, adapter_names)  # type: ignore[misc]
             return
-        names = compat.check_adapters_to_merge(self, adapter_names)
+        names = compat.check_adapters_to_merge(cast(Any, self), adapter_names)
         if not names:
             return
-        merged_before, current = self.merged_adapters, _tensors(packed)
+        merged_before, current = self.merged_adapters, packed_tensors(packed)
         originals = self._originals or current
         try:  # from the unmerged weight, so that the rounding of an earlier merge is not merged too
-            _restore(packed, originals)
+            restore(packed, originals)
             self.merged_adapters = []
             with self._float_base() as float_base:
                 super().merge(safe_merge, [*merged_before, *names])  # type: ignore[misc]
-            _requantize(packed, float_base.weight.detach())
+            requantize(packed, float_base.weight.detach())
         except BaseException:
-            _restore(packed, current)
+            restore(packed, current)
             self.merged_adapters = merged_before
             raise
         self._originals = originals
@@ -93,7 +97,7 @@ class _OnPacked:
         if not isinstance(self.base_layer, PackedModule) or self._originals is None:
             super().unmerge()  # type: ignore[misc]
             return
-        _restore(self.base_layer, self._originals)
+        restore(self.base_layer, self._originals)
         self._originals, self.merged_adapters = None, []
 
     @contextmanager
@@ -112,56 +116,21 @@ class _OnPacked:
         return super().__getattr__(name)  # type: ignore[misc]
 
     def _freeze_compensation(self) -> None:
-        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+        for name, parameter in self.named_parameters():
             if "lora_" in name and ADAPTER in name.split("."):
                 parameter.requires_grad_(False)
-
-
-class _FloatView:
-    """A LoRA layer as DoRA's forward reads it: with a decoded base layer."""
-
-    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
-        self._layer, self._dtype = layer, dtype
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-    def get_base_layer(self) -> nn.Module:
-        base: nn.Module = self._layer.get_base_layer()
-        return base.to_float(self._dtype).requires_grad_(False) if isinstance(base, PackedModule) else base
-
-
-class _DoraOnPacked:
-    """Decodes the weight for DoRA's norm once per forward, which is small beside what DoRA itself computes."""
-
-    def forward(self, module: Any, *, x: Tensor, **kwargs: Any) -> Any:
-        """As PEFT's variant."""
-        dtype = x.dtype if x.is_floating_point() else torch.float32
-        return super().forward(_FloatView(module, dtype), x=x, **kwargs)  # type: ignore[misc]
-
-
-class _DoraLinear(_DoraOnPacked, compat.DoraLinearVariant): ...
-
-
-class _DoraEmbedding(_DoraOnPacked, compat.DoraEmbeddingVariant): ...
-
-
-class _DoraConv1d(_DoraOnPacked, compat.DoraConv1dVariant): ...
-
-
-class _DoraConv2d(_DoraOnPacked, compat.DoraConv2dVariant): ...
 
 
 class PackedLoraLinear(_OnPacked, compat.Linear):
     """LoRA on PackedLinear and PackedConv1D."""
 
-    dora_variant = _DoraLinear
+    dora_variant = PackedDoraLinear
 
 
 class PackedLoraEmbedding(_OnPacked, compat.Embedding):
     """LoRA on PackedEmbedding."""
 
-    dora_variant = _DoraEmbedding
+    dora_variant = PackedDoraEmbedding
 
 
 class _OnPackedConv(_OnPacked):
@@ -179,13 +148,13 @@ class _OnPackedConv(_OnPacked):
 class PackedLoraConv1d(_OnPackedConv, compat.Conv1d):
     """LoRA on PackedConv1d."""
 
-    dora_variant = _DoraConv1d
+    dora_variant = PackedDoraConv1d
 
 
 class PackedLoraConv2d(_OnPackedConv, compat.Conv2d):
     """LoRA on PackedConv2d."""
 
-    dora_variant = _DoraConv2d
+    dora_variant = PackedDoraConv2d
 
 
 LORA_LAYERS: dict[type[PackedModule], type] = {
@@ -201,36 +170,6 @@ def _check_initialisation(config: Any) -> None:
     if value in _INITIALISATIONS or (value == "eva" and config.inference_mode):  # a trained one is plain LoRA
         return
     raise ValueError(
-        f"init_lora_weights={value!r} works on the float weights of the base layer, which hf_lowbit has packed. Use True, "
-        "False or 'gaussian'; to repair what rounding lost, quantize with low_rank=LowRankConfig(rank, keep=\"branch\") or "
-        'keep="adapter"'
+        f"init_lora_weights={value!r} works on the float weights of the base layer, which hf_lowbit has packed. Use "
+        "True, False or 'gaussian'; to repair what rounding lost, quantize with low_rank=LowRankConfig(rank)"
     )
-
-
-def _tensors(packed: PackedModule) -> dict[str, Tensor]:
-    """Everything a merge changes. The bias is copied, because PEFT adds to it in place."""
-    tensors = {key: getattr(packed, key).data for key in packed.companion_shapes("weight")}
-    bias = getattr(packed, "bias", None)
-    return tensors if bias is None else {**tensors, "bias": bias.data.clone()}
-
-
-def _restore(packed: PackedModule, tensors: dict[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
-        parameter = getattr(packed, key)
-        parameter.data = tensor.to(parameter.device, copy=key == "bias")
-
-
-@torch.no_grad()
-def _requantize(packed: PackedModule, weight: Tensor) -> None:
-    config = config_of(packed)
-    if config is None:
-        raise ValueError(
-            "this layer's recipe is unknown, so that a merged weight cannot be quantized again: it is not part of a model "
-            "that hf_lowbit quantized or loaded"
-        )
-    parameters = {key: getattr(packed, key) for key in packed.companion_shapes("weight")}
-    recipe = method_of(config).make_recipe(config)
-    quantize_parameter(packed, "weight", weight, recipe, "merged adapter", Outcome())
-    for key, parameter in parameters.items():  # the same parameter objects: tied modules follow
-        parameter.data = getattr(packed, key).data
-        setattr(packed, key, parameter)

@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowbit.integrations.adapter_files import FOLDER, save_adapter
 from hf_lowbit.integrations.adapters import ADAPTER, adapter_names, without_adapters, without_compensation
 from hf_lowbit.integrations.atomic import write_folder
 from hf_lowbit.integrations.compat.adapters import adapters_loaded, weight_conversions
-from hf_lowbit.integrations.compensation import FOLDER, keeps_adapter, save_compensation
+from hf_lowbit.integrations.compensation import keeps_adapter
 from hf_lowbit.state import state_of
 
 logger = logging.getLogger("hf_lowbit")
@@ -100,7 +101,7 @@ def _write_base(model: Any, target: Path, compensated: bool, arguments: dict[str
             library_save(model)(folder, **arguments)
             write_extras(model, folder, kept_card=target / "README.md")
         if compensated:
-            save_compensation(model, folder, base=str(target.absolute()))
+            save_adapter(model, folder, base=str(target.absolute()))
 
     write_folder(target, write)
     if not compensated:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.config import LowbitConfig
-from hf_lowbit.integrations.compat import transformers as compat
 from hf_lowbit.integrations.adapters import fold_compensation
+from hf_lowbit.integrations.compat import transformers as compat
 from hf_lowbit.integrations.compensation import keeps_adapter, load_compensation
 from hf_lowbit.integrations.finish import check_loaded, finish_quantization
 from hf_lowbit.integrations.saving import attach_saving, detach_saving
@@ -87,9 +87,7 @@ class LowbitHfQuantizer(compat.HfQuantizer):
 
     def _stored_plan(self) -> list[dict[str, Any]]:
         if self.quantization_config.plan is None:
-            raise PlanError(
-                "the checkpoint's quantization_config has no plan: hf_lowbit did not write it"
-            )
+            raise PlanError("the checkpoint's quantization_config has no plan: hf_lowbit did not write it")
         return self.quantization_config.plan
 
     def _tie_companions(self, model: nn.Module) -> None:

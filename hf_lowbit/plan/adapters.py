@@ -27,8 +27,8 @@ def check_adapters(model: nn.Module, plan: Plan) -> None:
     if problems:
         text = "; ".join(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in problems.items())
         raise PlanError(
-            f'low_rank keep="adapter" needs layers that PEFT can adapt ({text}); use keep="branch", or leave these layers '
-            "in full precision with modules_to_not_convert"
+            f'low_rank keep="adapter" needs layers that PEFT can adapt ({text}); use keep="branch", or leave these '
+            "layers in full precision with modules_to_not_convert"
         )
 
 
@@ -41,6 +41,9 @@ def _refusal(kind: str, name: str, model: nn.Module) -> str | None:
             return "LoRA on a grouped convolution has another shape"
         if any(step != 1 for step in module.dilation) or module.padding_mode != "zeros":
             return "LoRA ignores a convolution's dilation and padding mode"
-    if name.rpartition(".")[2] in _READ_BY_MAMBA and getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES:
+    if (
+        name.rpartition(".")[2] in _READ_BY_MAMBA
+        and getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES
+    ):
         return "PEFT refuses it in Mamba models"
     return None

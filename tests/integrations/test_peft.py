@@ -159,7 +159,7 @@ def test_variants_that_rewrite_the_base_are_refused() -> None:
 
 def test_target_parameters_on_packed_weights_are_refused() -> None:
     for parameter in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "self_attn.q_proj.weight"):
-        with pytest.raises(ValueError, match="target_parameters names .* hf_lowbit has packed"):
+        with pytest.raises(ValueError, match=r"target_parameters names .* hf_lowbit has packed"):
             get_peft_model(quantized("qwen3_moe"), LoraConfig(r=2, target_parameters=[parameter]))
     with pytest.raises(ValueError, match='"all-linear"'):  # which covers the experts
         get_peft_model(quantized("qwen3_moe"), LoraConfig(r=2, target_modules="all-linear"))
@@ -191,7 +191,9 @@ def text_data(count: int = 8) -> list[dict[str, torch.Tensor]]:
 
 def speech_data(dtype: torch.dtype, count: int = 8) -> list[dict[str, torch.Tensor]]:
     features = torch.randn(count, 16, 60).to(dtype)
-    return [{"input_features": x, "labels": ids} for x, ids in zip(features, torch.randint(3, 250, (count, 6)), strict=True)]
+    return [
+        {"input_features": x, "labels": ids} for x, ids in zip(features, torch.randint(3, 250, (count, 6)), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -220,7 +222,9 @@ def test_diffusers_models_are_prepared_and_trained() -> None:
     model = hf_lowbit.prepare_for_training(quantized("conditional_unet"))
     codes = packed_bytes(model)
     model.add_adapter(LoraConfig(r=2, target_modules=TARGETS["conditional_unet"]))
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in lora_parameters(model, "default")}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in lora_parameters(model, "default")
+    }
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.train()
     text, target = torch.randn(1, 7, 32), torch.randn(1, 4, 16, 16)
@@ -248,6 +252,9 @@ def test_preparing_keeps_types_but_float16() -> None:
 def test_preparing_spares_adapters_and_needs_a_quantized_model() -> None:
     model = adapted("llama", quantized("llama"))
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trainable and {n for n, p in hf_lowbit.prepare_for_training(model).named_parameters() if p.requires_grad} == trainable
+    assert (
+        trainable
+        and {n for n, p in hf_lowbit.prepare_for_training(model).named_parameters() if p.requires_grad} == trainable
+    )
     with pytest.raises(ValueError, match="quantized by hf_lowbit"):
         hf_lowbit.prepare_for_training(nn.Linear(2, 2))

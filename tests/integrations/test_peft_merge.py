@@ -133,7 +133,7 @@ def test_a_merge_that_fails_changes_nothing(safe: bool) -> None:
     codes = packed_bytes(model)
     layer = next(iter(layers.values()))
     layer.lora_A["default"].weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN|finite"):
+    with pytest.raises(ValueError, match=r"NaN|finite"):
         layer.merge(safe_merge=safe)
     assert packed_bytes(model) == codes and not layer.merged
 

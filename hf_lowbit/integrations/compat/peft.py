@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import peft.tuners.lora.model as _lora_model
+import peft.tuners.lora.model as lora_model
 from peft.tuners.lora.layer import Conv1d, Conv2d, Embedding, Linear
 from peft.tuners.lora.variants import (
     DoraConv1dVariant,
@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _MARK = "_lowbit_dispatcher"
+_MODULE: Any = lora_model
 
 
 def dispatch_first(dispatcher: Callable[..., nn.Module | None]) -> None:
@@ -41,16 +42,18 @@ def dispatch_first(dispatcher: Callable[..., nn.Module | None]) -> None:
     ``LoraModel._create_new_module`` looks ``dispatch_default`` up at every call, whatever led there: get_peft_model,
     PeftModel.from_pretrained, load_adapter and add_adapter of transformers and diffusers.
     """
-    default = _lora_model.dispatch_default
+    default = _MODULE.dispatch_default
     if getattr(default, _MARK, False):
         return
 
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
         layer = dispatcher(target, adapter_name, config=config, **kwargs)
-        return layer if layer is not None else default(target, adapter_name, config=config, **kwargs)
+        if layer is None:
+            layer = default(target, adapter_name, config=config, **kwargs)
+        return layer
 
     setattr(dispatch, _MARK, True)
-    _lora_model.dispatch_default = dispatch
+    _MODULE.dispatch_default = dispatch
 
 
 def active_adapters(layer: Any) -> list[str]:
