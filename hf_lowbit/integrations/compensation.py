@@ -8,6 +8,7 @@ adapters of the user's own are added; ``model.disable_adapters()`` and ``model.d
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 
 from torch import Tensor, nn
 
@@ -66,15 +67,19 @@ def load_compensation(model: nn.Module, source: str | None) -> None:
     Raises:
         CorruptWeightError: the adapter cannot be read, or is not this model's.
     """
-    folder = find_adapter(source)
+    installed = find_spec("peft") is not None
+    folder = find_adapter(source) if installed else None
     if folder is None:
         place = source or "<folder or repository>"
+        reason = (
+            f"was not found beside its weights ({place})" if installed else 'needs PEFT (pip install "hf_lowbit[peft]")'
+        )
         logger.warning(
-            "this %s was quantized with a compensation adapter, which was not found beside its weights (%s): it "
-            "computes WITHOUT it, with a larger error. Attach it with "
+            "this %s was quantized with a compensation adapter, which %s: it computes WITHOUT it, with a larger error. "
+            "Attach it with "
             'peft.PeftModel.from_pretrained(model, %r, subfolder="%s", adapter_name="%s")',
             type(model).__name__,
-            place,
+            reason,
             place,
             FOLDER,
             ADAPTER,

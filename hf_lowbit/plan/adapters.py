@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -18,8 +19,10 @@ def check_adapters(model: nn.Module, plan: Plan) -> None:
     """Refuse a compensation adapter on layers that PEFT cannot adapt.
 
     Raises:
-        PlanError: naming them, and ``keep="branch"``, which has no such limits.
+        PlanError: naming them, and ``keep="branch"``, which has no such limits; or PEFT is not installed.
     """
+    if find_spec("peft") is None:
+        raise PlanError('low_rank keep="adapter" needs PEFT: pip install "hf_lowbit[peft]", or use keep="branch"')
     problems: dict[str, list[str]] = {}
     for name, layer in plan.layers.items():
         if reason := _refusal(layer.kind, name, model):

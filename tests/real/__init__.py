@@ -1,0 +1,1 @@
+"""Real models, fetched once into the cache."""
