@@ -1,6 +1,6 @@
 """Peak anonymous memory of quantizing a checkpoint while it loads, measured in the process that does it.
 
-    MALLOC_MMAP_THRESHOLD_=1000000 python -m tests.memory_probe FOLDER '{"bits": 4, "group_size": 64}'
+    MALLOC_MMAP_THRESHOLD_=1000000 python -m tests.memory.probe FOLDER '{"bits": 4, "group_size": 64}'
 
 prints one JSON line. Anonymous memory is what cannot be given back to a file: the checkpoint's own mapped pages do not
 count. The threshold makes malloc return freed tensors to the system, so that the peak is the program's and not glibc's.

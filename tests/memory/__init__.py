@@ -1,0 +1,1 @@
+"""Peak memory, each measured in a process of its own."""
