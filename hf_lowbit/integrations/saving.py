@@ -25,7 +25,7 @@ from hf_lowbit.state import state_of
 
 logger = logging.getLogger("hf_lowbit")
 
-_OVERRIDDEN = ("save_pretrained", "push_to_hub")
+_OVERRIDDEN = ("save_pretrained", "push_to_hub", "save_lora_adapter")
 _CONVERSIONS = "_lowbit_weight_conversions"  # of the base, before load_adapter could replace them
 
 
@@ -33,6 +33,8 @@ def attach_saving(model: nn.Module) -> None:
     """Give a transformers or diffusers model the product's ``save_pretrained`` and ``push_to_hub``."""
     object.__setattr__(model, _CONVERSIONS, weight_conversions(model))
     methods: dict[str, Callable[..., Any]] = {"save_pretrained": _save_pretrained, "push_to_hub": _push_to_hub}
+    if hasattr(type(model), "save_lora_adapter"):
+        methods["save_lora_adapter"] = _save_lora_adapter
     for name, ours in methods.items():
         object.__setattr__(model, name, types.MethodType(_like(getattr(type(model), name), ours), model))
 
@@ -117,3 +119,15 @@ def _push_to_hub(model: Any, repo_id: str, **kwargs: Any) -> Any:
     from hf_lowbit.integrations.hub import push_to_hub as push
 
     return push(model, repo_id, **kwargs)
+
+
+def _save_lora_adapter(model: Any, *args: Any, **kwargs: Any) -> None:
+    """Save an adapter of a diffusers model, which casts the whole model for that, and refuses to cast a packed one.
+
+    Only the adapter is saved, and it is float32 unless the user cast it: nothing needs a cast.
+    """
+    object.__setattr__(model, "to", lambda *_, **__: model)
+    try:
+        type(model).save_lora_adapter(model, *args, **kwargs)
+    finally:
+        del model.__dict__["to"]

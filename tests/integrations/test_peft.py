@@ -137,6 +137,10 @@ def test_diffusers_loads_its_lora_files_onto_packed_models(tmp_path: Path) -> No
     output = run("conditional_unet", model)
     assert relative_error(output, before) > 0.05
     assert relative_error(output, run("conditional_unet", float_model)) < 0.05
+    model.save_lora_adapter(tmp_path / "saved", "style")
+    again = quantized("conditional_unet", bits=8)
+    again.load_lora_adapter(tmp_path / "saved", weight_name="pytorch_lora_weights.safetensors", prefix=None)
+    assert torch.equal(run("conditional_unet", again), output)
     model.disable_adapters()
     assert torch.equal(run("conditional_unet", model), before)
     model.save_pretrained(tmp_path / "base")  # the packed base, without the style
