@@ -197,7 +197,7 @@ def test_an_interruption_leaves_the_model_untouched(
 def test_a_rank_that_exceeds_a_layer_is_named() -> None:
     model = Net()
     before = snapshot(model)
-    with pytest.raises(QuantizationError, match=r"^head.weight: rank 16 exceeds the smaller side of a 8 x 32 matrix"):
+    with pytest.raises(PlanError, match=r"^head: low_rank.rank=16 exceeds the smaller side of its 8 x 32 matrix"):
         hf_lowbit.quantize(model, RTNConfig(low_rank=LowRankConfig(16)))
     assert_untouched(model, before)
 

@@ -85,7 +85,7 @@ class NumberFormat:
 
 
 def look_up(table: Tensor, codes: Tensor) -> Tensor:
-    """``table[codes]`` for integer codes of any shape; index_select takes an eighth of fancy indexing's time on a CPU."""
+    """``table[codes]`` for integer codes of any shape; index_select is several times faster than indexing on a CPU."""
     return table.index_select(0, codes.reshape(-1).int()).reshape(codes.shape)
 
 

@@ -90,7 +90,7 @@ def adopt(model: nn.Module, config: LowbitConfig) -> None:
         attach_saving(model)
 
 
-def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Make a quantized model a float one, in place; the library it belongs to forgets that it was quantized."""
     if _is_transformers(model):
         model.dequantize(*(() if dtype is None else (dtype,)))

@@ -10,7 +10,7 @@ import copy
 import logging
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,9 @@ class LowbitHfQuantizer(compat.HfQuantizer):
     quantization_config: LowbitConfig
     requires_calibration = False
     # transformers derives from this how per-expert tensors of a companion merge into the fused one, and split again.
-    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": [f"weight{suffix}" for suffix in _COMPANIONS]}
+    serialized_names = {  # noqa: RUF012
+        "weight": [f"weight{suffix}" for suffix in _COMPANIONS]
+    }
 
     def __init__(self, quantization_config: LowbitConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # the user's config stays as it was

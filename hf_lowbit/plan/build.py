@@ -22,6 +22,10 @@ class Compensation(Protocol):
     """What planning reads of a low-rank compensation."""
 
     @property
+    def rank(self) -> int:
+        """Rank of both factors."""
+
+    @property
     def keep(self) -> str:
         """Where it is kept."""
 
@@ -191,11 +195,11 @@ def _fit_groups(
     spec = config.layer_spec(name)
     group = spec.weight.group_size
     if not isinstance(group, int):
-        return _check_experts(name, kind, spec)
+        return _checked(name, module, kind, config, spec)
     skeleton = KINDS[kind].from_float(module, spec)
     widths = [skeleton.matrix_shape(parameter)[1] for parameter in skeleton.packed_parameters]
     if all(width % group == 0 for width in widths):
-        return _check_experts(name, kind, spec)
+        return _checked(name, module, kind, config, spec)
     fitting = _largest_common_divisor(widths, group)
     chosen = fitting if fitting >= min(_SMALLEST_USEFUL_GROUP, group) else None
     problem = f"group_size={group} does not divide the input width {' or '.join(map(str, sorted(set(widths))))}"
@@ -204,14 +208,25 @@ def _fit_groups(
         raise PlanError(f"{name}: {problem}; use {hint} for it (overrides), or strict_groups=False")
     instead = "one scale per row" if chosen is None else f"groups of {chosen}"
     regrouped.setdefault(f"{problem}, {instead} instead", []).append(name)
-    return _check_experts(name, kind, replace(spec, weight=replace(spec.weight, group_size=chosen)))
+    return _checked(name, module, kind, config, replace(spec, weight=replace(spec.weight, group_size=chosen)))
 
 
-def _check_experts(name: str, kind: str, spec: LayerSpec) -> LayerSpec:
+def _checked(name: str, module: nn.Module, kind: str, config: PlanningConfig, spec: LayerSpec) -> LayerSpec:
+    """The spec, if the layer can have it. Raises PlanError naming the layer and what to do."""
     if kind == "experts" and spec.weight.has_fitted_table:
         raise PlanError(
             f"{name}: a codebook cannot be fitted to fused experts; give codebook=[...] or override the format"
         )
+    if config.low_rank is not None:
+        skeleton = KINDS[kind].from_float(module, spec)
+        for parameter in skeleton.packed_parameters:
+            leading, columns = skeleton.matrix_shape(parameter)
+            rows = leading[-1] // skeleton.branches(parameter)
+            if config.low_rank.rank > min(rows, columns):
+                raise PlanError(
+                    f"{name}: low_rank.rank={config.low_rank.rank} exceeds the smaller side of its {rows} x {columns} "
+                    "matrix; lower the rank, or leave the layer out with modules_to_not_convert"
+                )
     return spec
 
 

@@ -26,7 +26,7 @@ def test_the_example_joins_the_matrix(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(EXAMPLE)])}
     chosen = "stochastic and (llama or qwen3_moe or whisper) and not float16"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "tests/matrix/test_promises.py", "-k", chosen, "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-q", "tests/matrix/test_promises.py", "-k", chosen, "-p", "no:cacheprovider"],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:]

@@ -1,4 +1,4 @@
-"""Damaged, incomplete and edited checkpoints are refused by name; a crash while saving leaves nothing that half-loads."""
+"""Damaged, incomplete and edited checkpoints are refused by name; a crash while saving leaves nothing half done."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ def test_a_scale_that_is_not_finite(damaged: Path) -> None:
 
 def test_a_missing_companion(damaged: Path) -> None:
     _edit_tensors(damaged, lambda t: t.pop(SCALE))
-    with pytest.raises(ValueError, match="lacks 1 tensors.*up_proj.weight_scale"):
+    with pytest.raises(ValueError, match=r"lacks 1 tensors.*up_proj.weight_scale"):
         LLAMA.load(damaged)
 
 
 def test_a_missing_weight(damaged: Path) -> None:
     _edit_tensors(damaged, lambda t: t.pop(WEIGHT))
-    with pytest.raises(ValueError, match="lacks 1 tensors.*up_proj.weight"):
+    with pytest.raises(ValueError, match=r"lacks 1 tensors.*up_proj.weight"):
         LLAMA.load(damaged)
 
 
 def test_a_packed_tensor_of_a_wrong_shape(damaged: Path) -> None:
     _edit_tensors(damaged, lambda t: t.update({WEIGHT: t[WEIGHT][:, :-1].contiguous()}))
-    with pytest.raises((ValueError, RuntimeError), match="mismatch|up_proj"):
+    with pytest.raises((ValueError, RuntimeError), match=r"mismatch|up_proj"):
         LLAMA.load(damaged)
 
 
@@ -120,9 +120,7 @@ def test_a_crash_while_saving_leaves_old_new_or_nothing(
     saved: Path, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replace a 4-bit model by an 8-bit one and crash at every single file operation."""
-    new = LLAMA.load(
-        LLAMA.create(tmp_path / "float"), quantization_config=hf_lowbit.RTNConfig(bits=8, group_size=None)
-    )
+    new = LLAMA.load(LLAMA.create(tmp_path / "float"), quantization_config=hf_lowbit.RTNConfig(bits=8, group_size=None))
     before, after = fingerprint(LLAMA.load(saved)), fingerprint(new)
     real = {name: getattr(os, name) for name in ("replace", "unlink")}
     outcomes = set()

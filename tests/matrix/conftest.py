@@ -17,7 +17,8 @@ from tests.matrix.models import MODELS, TinyModel, fingerprint
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests that ask for ``method`` or ``tiny`` run for every registered method and every architecture."""
     if "method" in metafunc.fixturenames:
-        metafunc.parametrize("method", [m for m in hf_lowbit.methods().values() if not m.needs_data], ids=lambda m: m.name)
+        data_free = [method for method in hf_lowbit.methods().values() if not method.needs_data]
+        metafunc.parametrize("method", data_free, ids=lambda method: method.name)
     if "tiny" in metafunc.fixturenames:
         metafunc.parametrize("tiny", MODELS.values(), ids=lambda tiny: tiny.name)
 
