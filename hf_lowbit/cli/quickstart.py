@@ -34,6 +34,8 @@ def quickstart_command(
         print_json(values)
     else:
         _show(values)
+    if not values["reload_equal"]:
+        raise RuntimeError(f"the model loaded from {folder} is not the one that was saved there")
 
 
 def _show(values: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def tour(folder: Path, bits: int, max_tokens: int) -> dict[str, Any]:
     repeat = f"hf-lowbit quickstart --bits {bits} --max-tokens {max_tokens}"
     known = earlier.evaluation if earlier is not None else {}
     reused = all(known.get(name) == value for name, value in settings.items())
-    evaluation = known if reused else {**_evaluate(model, source, folder, max_tokens), **settings, "command": repeat}
+    evaluation = known if reused else {**_evaluate(source, folder, max_tokens), **settings, "command": repeat}
     evaluated = time.monotonic() - started
     keep_evaluation(model, folder, evaluation)
     seconds = {
@@ -105,9 +105,12 @@ def _quantize(source: Path, config: Any, folder: Path) -> Any:
         return quantize(str(source), config, output=folder, resume=False)
 
 
-def _evaluate(model: Any, source: Path, folder: Path, max_tokens: int) -> dict[str, Any]:
+def _evaluate(source: Path, folder: Path, max_tokens: int) -> dict[str, Any]:
+    """Quality of what was saved. Its weights are decoded once, for speed: in float32 the outputs are the same bits."""
+    import torch
     from transformers import AutoTokenizer
 
+    from hf_lowbit import dequantize
     from hf_lowbit.cli.measure import in_float32
     from hf_lowbit.cli.run import load
     from hf_lowbit.evaluation import evaluate_language_model
@@ -117,7 +120,7 @@ def _evaluate(model: Any, source: Path, folder: Path, max_tokens: int) -> dict[s
     tokenizer = AutoTokenizer.from_pretrained(folder)
     compared = in_float32(load(source, "loading the original"))
     options: dict[str, Any] = {"sequence_length": SEQUENCE_LENGTH, "max_tokens": max_tokens}
-    measured = in_float32(model)
+    measured = dequantize(in_float32(load(folder, "loading the result")), torch.float32)
     with windows(measured, "measuring", total=math.ceil(max_tokens / (SEQUENCE_LENGTH - 1))):
         values = evaluate_language_model(measured, tokenizer, validation_text(), reference=compared, **options)
     return {**values, "dtype": "float32", "data": "the validation text shipped with hf_lowbit"}

@@ -107,6 +107,13 @@ class LowbitHfQuantizer(compat.HfQuantizer):
         skeleton = KINDS[layer.kind].from_float(model.get_submodule(owner), layer.spec)
         return {key for parameter in skeleton.packed_parameters for key in skeleton.companion_shapes(parameter)}
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Also merge and split the companions of per-expert tensors; before 5.21 transformers does not by itself."""
+        if not model:
+            weight_conversions = compat.with_companions(weight_conversions, _COMPANIONS[1:])
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+        return conversions
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """True for float parameters that the plan packs."""
         if self.pre_quantized:

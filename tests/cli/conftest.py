@@ -12,7 +12,6 @@ import torch
 from typer.testing import CliRunner, Result
 
 from hf_lowbit.cli import app
-from tests.hub.fixture import hub  # noqa: F401  (a fixture)
 
 Run = Callable[..., Result]
 

@@ -25,6 +25,7 @@ __all__ = [
     "tie_companions",
     "tied_weights",
     "was_loaded",
+    "with_companions",
 ]
 
 
@@ -83,3 +84,52 @@ def mark_initialized(module: nn.Module) -> None:
 def was_loaded(parameter: nn.Parameter) -> bool:
     """True for a parameter that came from the checkpoint, or lies offloaded on disk."""
     return parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
+
+
+def with_companions(conversions: list[Any], suffixes: tuple[str, ...]) -> list[Any]:
+    """For transformers before 5.21: converters of ``*.weight`` that also merge and split the companions.
+
+    The copies are kept for saving although loading floats does not use them, and splitting keeps dimensions of one.
+    """
+    from transformers.core_model_loading import WeightConverter
+
+    expanded = []
+    for conversion in conversions:
+        sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+        if not isinstance(conversion, WeightConverter) or not all(source.endswith(".weight") for source in sources):
+            expanded.append(conversion)
+            continue
+        for suffix in ("", *suffixes):
+            longer = [source + suffix for source in sources], [target + suffix for target in targets]
+            companion = WeightConverter(*longer, operations=[_exactly_split(op) for op in conversion.operations])
+            companion._was_used = bool(suffix)
+            expanded.append(companion)
+    return expanded
+
+
+def _exactly_split(operation: ConversionOps) -> ConversionOps:
+    """The operation, or one that merges experts and splits them again without dropping other dimensions of one."""
+    from transformers.core_model_loading import MergeModulelist, SplitModulelist
+
+    if type(operation) is not MergeModulelist:
+        return operation
+
+    class Split(SplitModulelist):
+        def convert(self, input_dict: dict[str, Any], *arguments: Any, **keywords: Any) -> dict[str, Any]:
+            stacked = [value[0] if isinstance(value, list) else value for value in input_dict.values()]
+            parts: dict[str, Any] = super().convert(input_dict, *arguments, **keywords)
+            per_stack = len(parts) // len(stacked)
+            return {
+                name: part.reshape(stacked[i // per_stack].shape[1:]) for i, (name, part) in enumerate(parts.items())
+            }
+
+        @property
+        def reverse_op(self) -> ConversionOps:
+            return Merge(self.dim)
+
+    class Merge(MergeModulelist):
+        @property
+        def reverse_op(self) -> ConversionOps:
+            return Split(self.dim)
+
+    return Merge(operation.dim)
