@@ -115,9 +115,10 @@ def _exactly_split(operation: ConversionOps) -> ConversionOps:
         return operation
 
     class Split(SplitModulelist):
-        def convert(self, input_dict: dict[str, Any], *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **keywords: Any) -> Any:
             stacked = [value[0] if isinstance(value, list) else value for value in input_dict.values()]
-            parts: dict[str, Any] = super().convert(input_dict, *arguments, **keywords)
+            convert: Any = super().convert
+            parts = convert(input_dict, source_patterns, target_patterns, **keywords)
             per_stack = len(parts) // len(stacked)
             return {
                 name: part.reshape(stacked[i // per_stack].shape[1:]) for i, (name, part) in enumerate(parts.items())
