@@ -115,7 +115,7 @@ def _exactly_split(operation: ConversionOps) -> ConversionOps:
         return operation
 
     class Split(SplitModulelist):
-        def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **keywords: Any) -> Any:
+        def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **keywords: Any) -> Any:  # type: ignore[override]
             stacked = [value[0] if isinstance(value, list) else value for value in input_dict.values()]
             convert: Any = super().convert
             parts = convert(input_dict, source_patterns, target_patterns, **keywords)
