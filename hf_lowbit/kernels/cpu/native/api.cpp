@@ -1,0 +1,110 @@
+// The C interface: checks arguments, picks the instruction set.
+#include <cstring>
+#include <string>
+
+#include "kernels.h"
+#include "threads.h"
+
+hfl_runner hfl_run = nullptr;
+
+namespace {
+
+// Best first.
+const Kernels* const all_kernels[] = {
+#if defined(HFL_X86)
+    &avx512_kernels, &avx2_kernels,
+#endif
+    &plain_kernels};
+
+const Kernels* best() {
+    for (const Kernels* kernels : all_kernels)
+        if (kernels->runs_here()) return kernels;
+    return &plain_kernels;
+}
+
+const Kernels* chosen = best();
+
+bool is_type(int type) { return type >= HFL_FLOAT32 && type <= HFL_FLOAT16; }
+
+bool is_valid(const hfl_matrix* w) {
+    return w && w->codes && w->scales && w->table && w->rows > 0 && w->columns > 0 && w->groups > 0 &&
+           w->columns % w->groups == 0 && w->bits >= 1 && w->bits <= 8 && is_type(w->scale_type) &&
+           (w->zero_kind == HFL_NO_ZERO || w->zeros) &&
+           w->words == (w->packing == HFL_BASE3 ? ((w->columns + 4) / 5 + 3) / 4 : (w->columns * w->bits + 31) / 32);
+}
+
+bool are_valid(const hfl_matrix* const* matrices, int count) {
+    for (int i = 0; i < count; i++)
+        if (!is_valid(matrices[i]) || matrices[i]->columns != matrices[0]->columns) return false;
+    return count > 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+void hfl_set_runner(hfl_runner runner) { hfl_run = runner; }
+
+const char* hfl_instruction_sets(void) {
+    static const std::string names = [] {
+        std::string all;
+        for (const Kernels* kernels : all_kernels)
+            if (kernels->runs_here()) all += (all.empty() ? "" : ",") + std::string(kernels->name);
+        return all;
+    }();
+    return names.c_str();
+}
+
+int hfl_use(const char* name) {
+    if (!name) return chosen = best(), 0;
+    for (const Kernels* kernels : all_kernels)
+        if (!std::strcmp(kernels->name, name) && kernels->runs_here()) return chosen = kernels, 0;
+    return -1;
+}
+
+int hfl_linear(const hfl_matrix* const* matrices, int count, const void* x, int type, int64_t m, int64_t stride,
+               void* const* y, int threads) {
+    if (!are_valid(matrices, count) || !is_type(type) || m < 0 || !x || !y) return -1;
+    return m == 0 ? 0 : chosen->linear(matrices, count, x, type, m, stride, y, threads);
+}
+
+int hfl_linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* x_scale, int64_t m,
+                    int type, void* const* y, int threads) {
+    if (!are_valid(matrices, count) || !is_type(type) || m < 0 || !x || !x_scale || !y) return -1;
+    return m == 0 ? 0 : chosen->linear_int8(matrices, count, x, x_scale, m, type, y, threads);
+}
+
+int hfl_multiplies_int8(const hfl_matrix* matrix) { return is_valid(matrix) && chosen->multiplies_int8(matrix); }
+
+int hfl_decode(const hfl_matrix* matrix, const int64_t* index, int64_t first, int64_t n, void* out, int type,
+               int threads) {
+    if (!is_valid(matrix) || !is_type(type) || n < 0) return -1;
+    if (!index && (first < 0 || first + n > matrix->rows)) return -1;
+    for (int64_t i = 0; index && i < n; i++)
+        if (index[i] < 0 || index[i] >= matrix->rows) return -1;
+    if (n) chosen->decode(matrix, index, first, n, out, type, threads);
+    return 0;
+}
+
+uint64_t hfl_read(const void* data, int64_t bytes, int threads) {
+    std::atomic<uint64_t> total{0};
+    constexpr int64_t piece = 1 << 18;
+    auto work = [&](int64_t p) {
+        const char* at = static_cast<const char*>(data) + p * piece;
+        const int64_t words = (bytes - p * piece < piece ? bytes - p * piece : piece) / 8;
+        uint64_t sums[8] = {};  // independent, so that the compiler can use vectors
+        for (int64_t i = 0; i + 8 <= words; i += 8) {
+            uint64_t eight[8];
+            std::memcpy(eight, at + i * 8, 64);
+            __builtin_prefetch(at + i * 8 + 2048);
+            for (int k = 0; k < 8; k++) sums[k] += eight[k];
+        }
+        uint64_t sum = 0;
+        for (uint64_t part : sums) sum += part;
+        total.fetch_add(sum, std::memory_order_relaxed);
+    };
+    share((bytes + piece - 1) / piece, threads, work);
+    return total.load();
+}
+
+}  // extern "C"

@@ -1,0 +1,34 @@
+// int8 dot products with VNNI: weights are made unsigned by adding 128, which the inputs' sums take away again.
+#pragma once
+#include <immintrin.h>
+
+#include "lowbit.h"
+
+namespace {
+
+struct Dot {
+    static constexpr int lanes = 16;  // int32 sums, four bytes each
+    using Int = __m512i;
+
+    template <int bits> struct Weights {
+        Int table;
+        explicit Weights(const int8_t* values) {
+            alignas(64) uint8_t all[64];
+            for (int i = 0; i < 64; i++)
+                all[i] = bits <= 4 ? static_cast<uint8_t>(values[i & ((1 << bits) - 1)] + 128) : 0;
+            table = _mm512_load_si512(all);
+        }
+        template <int j> Int at(Int words) const {
+            if constexpr (bits == 8) return words;  // code - 128 + 128
+            const Int low = _mm512_set1_epi8((1 << bits) - 1);
+            return _mm512_permutexvar_epi8(_mm512_and_si512(_mm512_srli_epi16(words, j * bits), low), table);
+        }
+    };
+    static Int load(const void* p) { return _mm512_loadu_si512(p); }
+    // -128 * (sum of the inputs of each lane)
+    static Int start(const int32_t* minus_sums) { return _mm512_loadu_si512(minus_sums); }
+    static Int add(Int sum, Int w, Int x) { return _mm512_dpbusd_epi32(sum, w, x); }
+    static __m512 to_float(Int sum) { return _mm512_cvtepi32_ps(sum); }
+};
+
+}  // namespace

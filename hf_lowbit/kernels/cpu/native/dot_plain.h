@@ -1,0 +1,36 @@
+// int8 dot products in standard C++.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Dot {
+    static constexpr int lanes = 8;  // int32 sums, four bytes each
+    struct Int { uint8_t byte[4 * lanes]; };
+
+    template <int bits> struct Weights {
+        const int8_t* values;
+        explicit Weights(const int8_t* table) : values(table) {}
+        template <int j> Int at(Int words) const {
+            for (uint8_t& byte : words.byte)
+                byte = static_cast<uint8_t>(values[byte >> (j * bits) & ((1 << bits) - 1)]);
+            return words;
+        }
+    };
+    static Int load(const void* p) { Int r; std::memcpy(&r, p, sizeof r); return r; }
+    static Int start(const int32_t*) { return {}; }
+    static Int add(Int sum, Int w, Int x) {
+        int32_t total[lanes];
+        std::memcpy(total, &sum, sizeof total);
+        for (int i = 0; i < 4 * lanes; i++) total[i / 4] += int8_t(w.byte[i]) * int8_t(x.byte[i]);
+        return load(total);
+    }
+    static Simd::Float to_float(Int sum) {
+        int32_t total[lanes];
+        std::memcpy(total, &sum, sizeof total);
+        return Simd::make([&](int i) { return static_cast<float>(total[i]); });
+    }
+};
+
+}  // namespace

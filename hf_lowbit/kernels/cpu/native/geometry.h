@@ -1,0 +1,83 @@
+// How a row's codes lie in vector lanes, and which scale each lane of a block needs.
+//
+// A lane owns the smallest run of whole 32-bit words that holds whole codes: one word for 1, 2, 4 and 8 bits, three
+// words (16 codes) for 6 bits, `bits` words (32 codes) for 3, 5 and 7. A block is one such run per lane. The j-th codes
+// of all lanes come out of the words together, so inputs are put into the order [block][j][lane].
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "floats.h"
+#include "lowbit.h"
+
+namespace {
+
+template <int bits> struct Lane {
+    static constexpr int words = bits == 3 || bits == 5 || bits == 7 ? bits : bits == 6 ? 3 : 1;
+    static constexpr int codes = words * 32 / bits;
+};
+
+inline int codes_per_lane(int bits) {
+    return bits == 3 || bits == 5 || bits == 7 ? 32 : bits == 6 ? 16 : 32 / bits;
+}
+
+struct Geometry {
+    int64_t blocks, block;       // blocks per row, codes per block
+    std::vector<int32_t> first;  // [blocks] first group of each block
+    std::vector<int32_t> lane;   // [blocks, lanes] group of each lane, less the block's first
+
+    Geometry(int64_t columns, int64_t groups, int bits, int lanes) {
+        const int codes = codes_per_lane(bits);
+        block = static_cast<int64_t>(codes) * lanes;
+        blocks = (columns + block - 1) / block;
+        if (groups == 1) return;
+        const int64_t group = columns / groups;
+        first.resize(static_cast<size_t>(blocks));
+        lane.resize(static_cast<size_t>(blocks * lanes));
+        for (int64_t b = 0; b < blocks; b++) {
+            first[b] = static_cast<int32_t>(b * block / group);
+            for (int i = 0; i < lanes; i++) {
+                const int64_t at = b * block + static_cast<int64_t>(i) * codes;
+                lane[b * lanes + i] = at < columns ? static_cast<int32_t>(at / group) - first[b] : 0;
+            }
+        }
+    }
+};
+
+// Whether every lane of every block lies within one group.
+inline bool lanes_fit_groups(const hfl_matrix& w) {
+    return w.groups == 1 || (w.columns / w.groups) % codes_per_lane(w.bits) == 0;
+}
+
+// The scales of a row, and scale * zero point where there is one, followed by `lanes` zeros for whole-vector loads.
+struct RowScales {
+    std::vector<float> scale, zero;
+    const hfl_matrix& w;
+
+    RowScales(const hfl_matrix& matrix, int lanes) : w(matrix) {
+        scale.assign(static_cast<size_t>(w.groups + lanes), 0.0f);
+        if (w.zero_kind != HFL_NO_ZERO) zero.assign(static_cast<size_t>(w.groups + lanes), 0.0f);
+        if (w.one_scale) read(0);
+    }
+    void select(int64_t row) {
+        if (!w.one_scale) read(row);
+    }
+
+  private:
+    void read(int64_t row) {
+        load_floats(scale.data(), w.scales, row * w.groups, w.groups, w.scale_type);
+        if (w.zero_kind == HFL_REAL_ZERO) load_floats(zero.data(), w.zeros, row * w.groups, w.groups, w.scale_type);
+        if (w.zero_kind == HFL_PACKED_ZERO) {
+            const int64_t words = (w.groups * w.bits + 31) / 32;
+            const uint32_t* packed = static_cast<const uint32_t*>(w.zeros) + row * words;
+            for (int64_t g = 0; g < w.groups; g++) {
+                const int64_t bit = g * w.bits, shift = bit % 32;
+                uint64_t both = packed[bit / 32];
+                if (shift + w.bits > 32) both |= static_cast<uint64_t>(packed[bit / 32 + 1]) << 32;
+                zero[static_cast<size_t>(g)] = w.table[(both >> shift) & ((1u << w.bits) - 1)];
+            }
+        }
+    }
+};
+
+}  // namespace

@@ -1,0 +1,94 @@
+// Vectors of sixteen lanes with AVX-512 (F, BW, VL, DQ).
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <utility>
+
+namespace {
+
+struct Simd {
+    static constexpr int lanes = 16;
+    static constexpr int max_batch = 8;
+    static constexpr int first_arithmetic_width = 6;  // from here on arithmetic is faster than a table
+    using Float = __m512;
+    using Int = __m512i;
+
+    static Float zero() { return _mm512_setzero_ps(); }
+    static Float set(float v) { return _mm512_set1_ps(v); }
+    static Float load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
+    static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+    static Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }
+    static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
+    static Float multiply_add(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+    static float sum(Float a) { return _mm512_reduce_add_ps(a); }
+    static Float permute(Float a, Int index) { return _mm512_permutexvar_ps(index, a); }
+
+    static Int load_int(const void* p) { return _mm512_loadu_si512(p); }
+    static Int widen(const uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static Int shift_right(Int a, int n) { return _mm512_srli_epi32(a, static_cast<unsigned>(n)); }
+    static Int shift_left(Int a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
+    static Int either(Int a, Int b) { return _mm512_or_si512(a, b); }
+
+    template <int stride, int q> static Int strided(const uint32_t* p) {
+        if constexpr (stride == 1) return load_int(p);
+        return gather_words<stride, q>(p, std::make_integer_sequence<int, stride>());
+    }
+
+    template <int bits> struct Table {
+        Float part[bits <= 4 ? 1 : bits == 5 ? 2 : 4];
+        const float* table;
+        explicit Table(const float* t) : table(t) {
+            constexpr int size = bits <= 4 ? 16 : bits == 5 ? 32 : 64;
+            if constexpr (bits <= 6) {
+                float padded[size];
+                for (int i = 0; i < size; i++) padded[i] = t[i & ((1 << bits) - 1)];
+                for (int i = 0; i < size / 16; i++) part[i] = load(padded + 16 * i);
+            }
+        }
+        Float operator()(Int code) const {
+            if constexpr (bits <= 4) return permute(part[0], code);
+            else if constexpr (bits == 5) return _mm512_permutex2var_ps(part[0], code, part[1]);
+            else if constexpr (bits == 6) {
+                const __mmask16 bit5 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(32));
+                return _mm512_mask_blend_ps(bit5, _mm512_permutex2var_ps(part[0], code, part[1]),
+                                            _mm512_permutex2var_ps(part[2], code, part[3]));
+            } else {
+                return _mm512_i32gather_ps(_mm512_and_si512(code, _mm512_set1_epi32((1 << bits) - 1)), table, 4);
+            }
+        }
+    };
+    template <int bits> static Float integer(Int code, float offset) {
+        const Int clean = _mm512_and_si512(code, _mm512_set1_epi32((1 << bits) - 1));
+        return _mm512_cvtepi32_ps(_mm512_add_epi32(clean, _mm512_set1_epi32(static_cast<int>(offset))));
+    }
+    template <int bits> static Float minifloat(Int code, int exponent_bits, float factor) {
+        const Int top = _mm512_slli_epi32(code, 32 - bits);
+        const Int sign = _mm512_and_si512(top, _mm512_set1_epi32(static_cast<int>(0x80000000u)));
+        const Int magnitude = _mm512_srl_epi32(_mm512_andnot_si512(sign, top), _mm_cvtsi32_si128(8 - exponent_bits));
+        return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_or_si512(sign, magnitude)), set(factor));
+    }
+
+  private:
+    template <int stride, int q, int source> static Int part_of(Int sofar, const uint32_t* p) {
+        static constexpr auto index = [](int i) { return (i * stride + q) % 16; };
+        static constexpr auto here = [](int i) { return ((i * stride + q) / 16 == source) << i; };
+        const Int from = _mm512_setr_epi32(index(0), index(1), index(2), index(3), index(4), index(5), index(6), index(7),
+                                           index(8), index(9), index(10), index(11), index(12), index(13), index(14),
+                                           index(15));
+        constexpr __mmask16 mask = here(0) | here(1) | here(2) | here(3) | here(4) | here(5) | here(6) | here(7) |
+                                   here(8) | here(9) | here(10) | here(11) | here(12) | here(13) | here(14) | here(15);
+        return _mm512_mask_permutexvar_epi32(sofar, mask, from, load_int(p + 16 * source));
+    }
+    template <int stride, int q, int... source>
+    static Int gather_words(const uint32_t* p, std::integer_sequence<int, source...>) {
+        Int r = _mm512_setzero_si512();
+        ((r = part_of<stride, q, source>(r, p)), ...);
+        return r;
+    }
+};
+
+}  // namespace

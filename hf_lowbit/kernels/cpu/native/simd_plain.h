@@ -1,0 +1,75 @@
+// Vectors of eight lanes in standard C++: what every compiler and processor can do.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Simd {
+    static constexpr int lanes = 8;
+    static constexpr int max_batch = 4;
+    static constexpr int first_arithmetic_width = 9;  // never: a table in memory is as fast as arithmetic
+    struct Float { float lane[lanes]; };
+    struct Int { uint32_t lane[lanes]; };
+
+    template <class Make> static Float make(Make make) {
+        Float r;
+        for (int i = 0; i < lanes; i++) r.lane[i] = make(i);
+        return r;
+    }
+    template <class Make> static Int make_int(Make make) {
+        Int r;
+        for (int i = 0; i < lanes; i++) r.lane[i] = make(i);
+        return r;
+    }
+    static Float zero() { return set(0.0f); }
+    static Float set(float v) { return make([&](int) { return v; }); }
+    static Float load(const float* p) { Float r; std::memcpy(&r, p, sizeof r); return r; }
+    static void store(float* p, Float a) { std::memcpy(p, &a, sizeof a); }
+    static Float add(Float a, Float b) { return make([&](int i) { return a.lane[i] + b.lane[i]; }); }
+    static Float subtract(Float a, Float b) { return make([&](int i) { return a.lane[i] - b.lane[i]; }); }
+    static Float multiply(Float a, Float b) { return make([&](int i) { return a.lane[i] * b.lane[i]; }); }
+    static Float multiply_add(Float a, Float b, Float c) {
+        return make([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+    }
+    static float sum(Float a) {
+        float total = 0;
+        for (float v : a.lane) total += v;
+        return total;
+    }
+    static Float permute(Float a, Int index) { return make([&](int i) { return a.lane[index.lane[i] & 7]; }); }
+
+    static Int load_int(const void* p) { Int r; std::memcpy(&r, p, sizeof r); return r; }
+    static Int widen(const uint8_t* p) { return make_int([&](int i) { return uint32_t(p[i]); }); }
+    static Int shift_right(Int a, int n) { return make_int([&](int i) { return a.lane[i] >> n; }); }
+    static Int shift_left(Int a, int n) { return make_int([&](int i) { return a.lane[i] << n; }); }
+    static Int either(Int a, Int b) { return make_int([&](int i) { return a.lane[i] | b.lane[i]; }); }
+    // word q of each lane, where a lane owns `stride` consecutive words
+    template <int stride, int q> static Int strided(const uint32_t* p) {
+        return make_int([&](int i) { return p[i * stride + q]; });
+    }
+
+    template <int bits> struct Table {
+        const float* table;
+        explicit Table(const float* t) : table(t) {}
+        Float operator()(Int code) const {
+            return make([&](int i) { return table[code.lane[i] & ((1u << bits) - 1)]; });
+        }
+    };
+    // code + offset, where offset = -2^(bits-1)
+    template <int bits> static Float integer(Int code, float offset) {
+        return make([&](int i) { return float(code.lane[i] & ((1u << bits) - 1)) + offset; });
+    }
+    template <int bits> static Float minifloat(Int code, int exponent_bits, float factor) {
+        return make([&](int i) {
+            const uint32_t top = code.lane[i] << (32 - bits), sign = top & 0x80000000u;
+            const uint32_t magnitude = (top & 0x7fffffffu) >> (8 - exponent_bits);
+            float value;
+            std::memcpy(&value, &magnitude, 4);
+            value *= factor;
+            return sign ? -value : value;
+        });
+    }
+};
+
+}  // namespace

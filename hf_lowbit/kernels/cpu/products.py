@@ -1,0 +1,115 @@
+"""The native products, on tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.kernels.cpu.library import load
+from hf_lowbit.kernels.cpu.matrix import Matrix
+
+FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def linear(x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
+    """x ``[m, columns]`` times each packed matrix, float32 accumulation, results ``[m, rows]`` in x's type.
+
+    One call reads the inputs once and shares the rows of all matrices among torch's threads.
+    """
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    m = x.shape[0]
+    results = [torch.empty(m, matrix.rows, dtype=x.dtype) for matrix in matrices]
+    count = len(matrices)
+    status = _library().hfl_linear(
+        _addresses([matrix.address for matrix in matrices]),
+        count,
+        ctypes.c_void_p(x.data_ptr()),
+        FLOAT_TYPES[x.dtype],
+        ctypes.c_int64(m),
+        ctypes.c_int64(x.stride(0)),
+        _addresses([result.data_ptr() for result in results]),
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return results
+
+
+def linear_int8(codes: Tensor, scale: Tensor, matrices: Sequence[Matrix], dtype: torch.dtype) -> list[Tensor]:
+    """int8 codes ``[m, columns]`` of -127..127 with a float32 scale ``[m, 1]`` times each packed integer matrix.
+
+    Integer sums within a group, scaled in float32; results ``[m, rows]`` in ``dtype``.
+    """
+    codes, scale = codes.contiguous(), scale.contiguous()
+    m = codes.shape[0]
+    results = [torch.empty(m, matrix.rows, dtype=dtype) for matrix in matrices]
+    status = _library().hfl_linear_int8(
+        _addresses([matrix.address for matrix in matrices]),
+        len(matrices),
+        ctypes.c_void_p(codes.data_ptr()),
+        ctypes.c_void_p(scale.data_ptr()),
+        ctypes.c_int64(m),
+        FLOAT_TYPES[dtype],
+        _addresses([result.data_ptr() for result in results]),
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return results
+
+
+def multiplies_int8(matrix: Matrix) -> bool:
+    """Whether :func:`linear_int8` takes this matrix: integer table, codes that do not cross bytes, fitting groups."""
+    return bool(_library().hfl_multiplies_int8(matrix.pointer))
+
+
+def decode_rows(matrix: Matrix, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    """Decoded rows ``[n, columns]``, equal to the torch reference to the last bit.
+
+    Raises:
+        IndexError: a row that the matrix does not have.
+    """
+    index = None
+    if isinstance(rows, slice):
+        start, stop, _ = rows.indices(matrix.rows)
+        n = max(0, stop - start)
+    else:
+        index = rows.to(torch.int64).contiguous()
+        start, n = 0, index.numel()
+    out = torch.empty(n, matrix.columns, dtype=dtype)
+    status = _library().hfl_decode(
+        matrix.pointer,
+        None if index is None else ctypes.c_void_p(index.data_ptr()),
+        ctypes.c_int64(start),
+        ctypes.c_int64(n),
+        ctypes.c_void_p(out.data_ptr()),
+        FLOAT_TYPES[dtype],
+        torch.get_num_threads(),
+    )
+    if status and index is not None:
+        raise IndexError(f"index out of range for {matrix.rows} rows")
+    _check(status)
+    return out
+
+
+def read_bytes(tensor: Tensor) -> int:
+    """Reads all of a contiguous CPU tensor once, on torch's threads; the sum is only there to be used."""
+    size = tensor.numel() * tensor.element_size()
+    total: int = _library().hfl_read(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(size), torch.get_num_threads())
+    return total
+
+
+def _library() -> ctypes.CDLL:
+    library = load()
+    assert library is not None  # callers ask available() first
+    return library
+
+
+def _addresses(values: list[int]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(values))(*values)
+
+
+def _check(status: int) -> None:
+    if status:
+        raise ValueError("the native kernel refused its arguments")
