@@ -19,7 +19,7 @@ template <int bits> void unpack_dense(const uint32_t* words, int64_t count, int6
         if (at + bits <= size)
             std::memcpy(&octet, bytes + at, bits);
         else
-            std::memcpy(&octet, bytes + at, static_cast<size_t>(size - at));
+            for (int64_t i = at; i < size; i++) octet = i == at ? bytes[i] : octet | uint64_t(bytes[i]) << 8 * (i - at);
         uint64_t spread = 0;
         constexpr uint64_t low = (1u << bits) - 1;
 #if defined(__BMI2__)

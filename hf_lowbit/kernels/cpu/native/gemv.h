@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -12,44 +13,97 @@
 
 namespace {
 
-template <int n, class Use, int... i> inline void repeat(Use&& use, std::integer_sequence<int, i...>) {
+#if defined(__GNUC__)
+#define HFL_INLINE __attribute__((always_inline))
+#else
+#define HFL_INLINE
+#endif
+
+// use(constant 0), ..., use(constant n - 1): a loop whose counter is a constant.
+template <class Use, int... i> HFL_INLINE inline void repeat(Use&& use, std::integer_sequence<int, i...>) {
     (use(Constant<i>()), ...);
 }
 
-// j-th codes of all lanes, in the low bits (what lies above them is left to the decoder).
-template <int bits, int j> inline Simd::Int codes_at(const Simd::Int* words) {
-    constexpr int word = j * bits / 32, shift = j * bits % 32;
-    const Simd::Int low = Simd::shift_right(words[word], shift);
-    if constexpr (shift + bits > 32) return Simd::either(low, Simd::shift_left(words[word + 1], 32 - shift));
-    return low;
-}
+// Additions to one sum wait for each other: a few sums side by side keep the multipliers busy.
+template <int M> constexpr int chains = M == 1 ? 4 : M <= 4 ? 2 : 1;
 
-// Inputs in the order of the codes, [batch][block][j][lane], and their sums per group where there are zero points.
+template <int bits, int decoder>
+constexpr bool uses_planes = Simd::has_planes && bits == 4 && decoder == HFL_TABLE;
+
+// Inputs in the order of the codes, [batch][block][j][lane], and their sums per group where values are shifted.
 struct Inputs {
     std::vector<float> values, sums;
-    int64_t stride, batch;
+    int64_t stride, batch, groups;
 
-    Inputs(const hfl_matrix& w, const Geometry& geometry, const void* x, int type, int64_t m, int64_t row_stride)
-        : stride(geometry.blocks * geometry.block), batch(m) {
-        const int codes = codes_per_lane(w.bits);
+    template <int bits, int decoder>
+    Inputs(const hfl_matrix& w, const Geometry& geometry, const void* x, int type, int64_t m, int64_t row_stride,
+           Constant<bits>, Constant<decoder>)
+        : stride(geometry.blocks * geometry.block), batch(m), groups(w.groups + Simd::lanes) {
+        using V = Values<bits, decoder>;
+        constexpr int codes = Lane<bits>::codes;
         std::vector<float> row(static_cast<size_t>(stride), 0.0f);
         values.resize(static_cast<size_t>(m * stride));
-        if (w.zero_kind != HFL_NO_ZERO) sums.resize(static_cast<size_t>(m * (w.groups + Simd::lanes)), 0.0f);
+        if (w.zero_kind != HFL_NO_ZERO || V::shift(w) != 0) sums.resize(static_cast<size_t>(m * groups), 0.0f);
         for (int64_t i = 0; i < m; i++) {
             load_floats(row.data(), x, i * row_stride, w.columns, type);
             float* out = values.data() + i * stride;
             for (int64_t b = 0; b < geometry.blocks; b++) {
                 const float* in = row.data() + b * geometry.block;
-                for (int j = 0; j < codes; j++)
-                    for (int lane = 0; lane < Simd::lanes; lane++) *out++ = in[lane * codes + j];
+                for (int j = 0; j < codes; j++) {
+                    const float place = V::place(j);
+                    for (int lane = 0; lane < Simd::lanes; lane++) *out++ = place * in[position<bits, decoder>(j, lane)];
+                }
             }
             const int64_t group = w.columns / w.groups;
             for (int64_t g = 0; !sums.empty() && g < w.groups; g++) {
-                float total = 0;
+                double total = 0;  // a shift of 128 multiplies its rounding error
                 for (int64_t k = 0; k < group; k++) total += row[g * group + k];
-                sums[static_cast<size_t>(i * (w.groups + Simd::lanes) + g)] = total;
+                sums[static_cast<size_t>(i * groups + g)] = static_cast<float>(total);
             }
         }
+    }
+
+    template <int bits, int decoder> static constexpr int position(int j, int lane) {
+        if constexpr (uses_planes<bits, decoder>) return Simd::plane_position(j, lane);
+        return lane * Lane<bits>::codes + j;
+    }
+};
+
+// Adds a block's values times the inputs to sum[chain * M + m].
+template <int bits, int decoder, int M> struct BlockProduct {
+    Values<bits, decoder> values;
+    explicit BlockProduct(const hfl_matrix& w) : values(w) {}
+
+    HFL_INLINE void operator()(const uint32_t* words, const float* in, int64_t stride, Simd::Float* sum) const {
+        constexpr int lane_words = Lane<bits>::words, codes = Lane<bits>::codes;
+        Simd::Int lane[lane_words];
+        repeat([&](auto q) HFL_INLINE { lane[q.value] = Simd::strided<lane_words, decltype(q)::value>(words); },
+                           std::make_integer_sequence<int, lane_words>());
+        repeat(
+            [&](auto j) HFL_INLINE {
+                const Simd::Float v = values.template at<decltype(j)::value>(lane);
+                Simd::Float* chain = sum + j.value % chains<M> * M;
+                for (int m = 0; m < M; m++)
+                    chain[m] = Simd::multiply_add(v, Simd::load(in + m * stride + j.value * Simd::lanes), chain[m]);
+            },
+            std::make_integer_sequence<int, codes>());
+    }
+};
+
+template <int M> struct PlaneProduct {
+    typename Simd::Planes planes;
+    explicit PlaneProduct(const hfl_matrix& w) : planes(w.table) {}
+
+    HFL_INLINE void operator()(const uint32_t* words, const float* in, int64_t stride, Simd::Float* sum) const {
+        Simd::Float v[8];
+        planes(Simd::load_int(words), v);
+        repeat(
+            [&](auto j) HFL_INLINE {
+                Simd::Float* chain = sum + j.value % chains<M> * M;
+                for (int m = 0; m < M; m++)
+                    chain[m] = Simd::multiply_add(v[j.value], Simd::load(in + m * stride + j.value * Simd::lanes), chain[m]);
+            },
+            std::make_integer_sequence<int, 8>());
     }
 };
 
@@ -58,8 +112,10 @@ template <int bits, int decoder, int M>
 void multiply_rows(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0, int64_t first,
                    int64_t last, void* y, int type) {
     using Float = Simd::Float;
-    constexpr int lane_words = Lane<bits>::words, codes = Lane<bits>::codes, block_words = lane_words * Simd::lanes;
-    const Values<bits, decoder> values(w);
+    constexpr int block_words = Lane<bits>::words * Simd::lanes;
+    const std::conditional_t<uses_planes<bits, decoder>, PlaneProduct<M>, BlockProduct<bits, decoder, M>> product(w);
+    const float value_shift = Values<bits, decoder>::shift(w);
+    const bool is_shifted = w.zero_kind != HFL_NO_ZERO || value_shift != 0, one_group_per_block = geometry.lane.empty();
     RowScales scales(w, Simd::lanes);
     uint32_t tail[block_words] = {};
     const float* inputs = x.values.data() + m0 * x.stride;
@@ -75,38 +131,34 @@ void multiply_rows(const hfl_matrix& w, const Geometry& geometry, const Inputs& 
                 std::memcpy(tail, p, static_cast<size_t>(w.words - b * block_words) * 4);
                 p = tail;
             }
-            Simd::Int lane[lane_words];
-            repeat<lane_words>([&](auto q) { lane[q.value] = Simd::strided<lane_words, decltype(q)::value>(p); },
-                               std::make_integer_sequence<int, lane_words>());
-            Float sum[M];
-            for (int m = 0; m < M; m++) sum[m] = Simd::zero();
-            const float* in = inputs + b * geometry.block;
-            repeat<codes>(
-                [&](auto j) {
-                    const Float v = values(codes_at<bits, decltype(j)::value>(lane));
-                    for (int m = 0; m < M; m++)
-                        sum[m] = Simd::multiply_add(v, Simd::load(in + m * x.stride + j.value * Simd::lanes), sum[m]);
-                },
-                std::make_integer_sequence<int, codes>());
+            Float sum[M * chains<M>];
+            for (Float& chain : sum) chain = Simd::zero();
+            product(p, inputs + b * geometry.block, x.stride, sum);
+            for (int k = M; k < M * chains<M>; k++) sum[k % M] = Simd::add(sum[k % M], sum[k]);
             if (w.groups == 1) {
                 for (int m = 0; m < M; m++) total[m] = Simd::add(total[m], sum[m]);
             } else {
-                const Float scale = Simd::permute(Simd::load(scales.scale.data() + geometry.first[b]),
-                                                  Simd::load_int(geometry.lane.data() + b * Simd::lanes));
+                const float* first_scale = scales.scale.data() + geometry.first[b];
+                const Float scale =
+                    one_group_per_block
+                        ? Simd::set(*first_scale)
+                        : Simd::permute(Simd::load(first_scale), Simd::load_int(geometry.lane.data() + b * Simd::lanes));
                 for (int m = 0; m < M; m++) total[m] = Simd::multiply_add(sum[m], scale, total[m]);
             }
         }
         for (int m = 0; m < M; m++) {
             float result = Simd::sum(total[m]);
             if (w.groups == 1) result *= scales.scale[0];
-            if (w.zero_kind != HFL_NO_ZERO) {
-                const float* sums = x.sums.data() + (m0 + m) * (w.groups + Simd::lanes);
-                Float shift = Simd::zero();
-                for (int64_t g = 0; g < w.groups; g += Simd::lanes)
-                    shift = Simd::multiply_add(
-                        Simd::multiply(Simd::load(scales.scale.data() + g), Simd::load(scales.zero.data() + g)),
-                        Simd::load(sums + g), shift);
-                result -= Simd::sum(shift);
+            if (is_shifted) {
+                const float* sums = x.sums.data() + (m0 + m) * x.groups;
+                Float taken = Simd::zero();
+                for (int64_t g = 0; g < w.groups; g += Simd::lanes) {
+                    Float shift = Simd::set(value_shift);
+                    if (w.zero_kind != HFL_NO_ZERO) shift = Simd::add(shift, Simd::load(scales.zero.data() + g));
+                    shift = Simd::multiply(shift, Simd::load(scales.scale.data() + g));
+                    taken = Simd::multiply_add(shift, Simd::load(sums + g), taken);
+                }
+                result -= Simd::sum(taken);
             }
             store_float(y, (m0 + m) * w.rows + row, result, type);
         }
@@ -144,7 +196,11 @@ inline void multiply_decoded(const hfl_matrix& w, const void* x, int x_type, int
     }
 }
 
-inline bool multiplies_in_lanes(const hfl_matrix& w) { return w.packing == HFL_DENSE && lanes_fit_groups(w); }
+inline bool multiplies_in_lanes(const hfl_matrix& w) {
+    const int64_t group = w.columns / w.groups;
+    const bool planes_fit = !Simd::has_planes || w.bits != 4 || w.groups == 1 || group % 32 == 0;
+    return w.packing == HFL_DENSE && lanes_fit_groups(w) && planes_fit;
+}
 
 // Rows per piece of work: about 32 kB of codes.
 inline int64_t piece_rows(const hfl_matrix& w) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, w.words)); }
@@ -173,19 +229,21 @@ inline int linear(const hfl_matrix* const* matrices, int count, const void* x, i
         Geometry geometry;
         Inputs inputs;
     };
-    // Matrices of one width and grouping, as siblings mostly are, share their inputs.
+    // Matrices of one format and grouping, as siblings mostly are, share their inputs.
     std::vector<std::shared_ptr<Prepared>> prepared(static_cast<size_t>(count));
     for (int i = 0; i < count; i++) {
         const hfl_matrix& w = *matrices[i];
         if (!multiplies_in_lanes(w)) continue;
         for (int k = 0; k < i && !prepared[i]; k++)
             if (prepared[k] && matrices[k]->bits == w.bits && matrices[k]->groups == w.groups &&
-                (w.zero_kind == HFL_NO_ZERO || matrices[k]->zero_kind != HFL_NO_ZERO))
+                matrices[k]->decoder == w.decoder && matrices[k]->zero_kind == w.zero_kind)
                 prepared[i] = prepared[k];
         if (prepared[i]) continue;
         Geometry geometry(w.columns, w.groups, w.bits, Simd::lanes);
-        Inputs inputs(w, geometry, x, type, m, stride);
-        prepared[i] = std::make_shared<Prepared>(Prepared{std::move(geometry), std::move(inputs)});
+        with_values(w, [&](auto bits, auto decoder) {
+            Inputs inputs(w, geometry, x, type, m, stride, bits, decoder);
+            prepared[i] = std::make_shared<Prepared>(Prepared{std::move(geometry), std::move(inputs)});
+        });
     }
     share_rows(matrices, count, threads, [&](int i, int64_t first, int64_t last) {
         const hfl_matrix& w = *matrices[i];

@@ -24,7 +24,7 @@ inline int codes_per_lane(int bits) {
 struct Geometry {
     int64_t blocks, block;       // blocks per row, codes per block
     std::vector<int32_t> first;  // [blocks] first group of each block
-    std::vector<int32_t> lane;   // [blocks, lanes] group of each lane, less the block's first
+    std::vector<int32_t> lane;   // [blocks, lanes] group of each lane, less the block's first; empty if always 0
 
     Geometry(int64_t columns, int64_t groups, int bits, int lanes) {
         const int codes = codes_per_lane(bits);
@@ -33,9 +33,10 @@ struct Geometry {
         if (groups == 1) return;
         const int64_t group = columns / groups;
         first.resize(static_cast<size_t>(blocks));
+        for (int64_t b = 0; b < blocks; b++) first[b] = static_cast<int32_t>(b * block / group);
+        if (group % block == 0) return;
         lane.resize(static_cast<size_t>(blocks * lanes));
         for (int64_t b = 0; b < blocks; b++) {
-            first[b] = static_cast<int32_t>(b * block / group);
             for (int i = 0; i < lanes; i++) {
                 const int64_t at = b * block + static_cast<int64_t>(i) * codes;
                 lane[b * lanes + i] = at < columns ? static_cast<int32_t>(at / group) - first[b] : 0;

@@ -74,18 +74,21 @@ void multiply_codes(const hfl_matrix& w, const Geometry& geometry, const CodeInp
             typename Dot::Int sum[M];
             for (int m = 0; m < M; m++)
                 sum[m] = Dot::start(x.minus_sums.data() + ((m0 + m) * x.blocks + b) * Dot::lanes);
-            repeat<Inputs::codes>(
-                [&](auto j) {
+            repeat(
+                [&](auto j) HFL_INLINE {
                     const typename Dot::Int v = weights.template at<decltype(j)::value>(codes);
                     for (int m = 0; m < M; m++)
                         sum[m] = Dot::add(sum[m], v, Dot::load(x.values.data() + ((m0 + m) * x.blocks + b) * Inputs::block +
                                                                j.value * Inputs::bytes));
                 },
                 std::make_integer_sequence<int, Inputs::codes>());
-            const Simd::Float scale =
-                w.groups == 1 ? Simd::set(1.0f)
-                              : Simd::permute(Simd::load(scales.scale.data() + geometry.first[b]),
-                                              Simd::load_int(geometry.lane.data() + b * Dot::lanes));
+            Simd::Float scale = Simd::set(1.0f);
+            if (w.groups > 1) {
+                const float* first_scale = scales.scale.data() + geometry.first[b];
+                scale = geometry.lane.empty()
+                            ? Simd::set(*first_scale)
+                            : Simd::permute(Simd::load(first_scale), Simd::load_int(geometry.lane.data() + b * Dot::lanes));
+            }
             for (int m = 0; m < M; m++) total[m] = Simd::multiply_add(Dot::to_float(sum[m]), scale, total[m]);
         }
         const float unit = 1.0f / static_cast<float>(w.integer_multiplier);

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "floats.h"
+
 namespace {
 
 struct Simd {
@@ -61,16 +63,27 @@ struct Simd {
             }
         }
     };
-    template <int bits> static Float integer(Int code, float offset) {
-        const Int clean = _mm512_and_si512(code, _mm512_set1_epi32((1 << bits) - 1));
-        return _mm512_cvtepi32_ps(_mm512_add_epi32(clean, _mm512_set1_epi32(static_cast<int>(offset))));
+    static Int both(Int a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
+    static Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
+    // Codes in the topmost bits: sign, exponent, mantissa; the garbage below them must be masked away. Subnormal codes
+    // would be subnormal floats, which take these processors a hundred cycles: they are made from the next exponent.
+    static Float minifloat(Int top, int exponent_bits, int bits, float factor) {
+        const unsigned keep = ((1u << (bits - 1)) - 1) << (24 + exponent_bits - bits);
+        const unsigned exponents = ((1u << exponent_bits) - 1) << 23;
+        const Int placed = _mm512_sra_epi32(top, _mm_cvtsi32_si128(8 - exponent_bits));
+        const Int magnitude = both(placed, static_cast<int>(keep));
+        const int bias = static_cast<int>(bits_of(factor)) - 0x3f800000;  // the factor is a power of two
+        const Float normal = _mm512_castsi512_ps(_mm512_add_epi32(magnitude, _mm512_set1_epi32(bias)));
+        const __mmask16 small = _mm512_testn_epi32_mask(magnitude, _mm512_set1_epi32(static_cast<int>(exponents)));
+        const Float one = _mm512_castsi512_ps(_mm512_set1_epi32(bias + 0x800000));
+        const Float value = _mm512_mask_fmsub_ps(normal, small, set(2.0f), one);
+        return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+            _mm512_set1_epi32(static_cast<int>(0x80000000u)), placed,
+            _mm512_castps_si512(value), 0xca));
     }
-    template <int bits> static Float minifloat(Int code, int exponent_bits, float factor) {
-        const Int top = _mm512_slli_epi32(code, 32 - bits);
-        const Int sign = _mm512_and_si512(top, _mm512_set1_epi32(static_cast<int>(0x80000000u)));
-        const Int magnitude = _mm512_srl_epi32(_mm512_andnot_si512(sign, top), _mm_cvtsi32_si128(8 - exponent_bits));
-        return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_or_si512(sign, magnitude)), set(factor));
-    }
+    struct Planes { explicit Planes(const float*) {} void operator()(Int, Float*) const {} };  // not used here
+    static constexpr bool has_planes = false;
+    static constexpr int plane_position(int, int) { return 0; }
 
   private:
     template <int stride, int q, int source> static Int part_of(Int sofar, const uint32_t* p) {

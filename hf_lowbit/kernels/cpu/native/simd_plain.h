@@ -56,20 +56,21 @@ struct Simd {
             return make([&](int i) { return table[code.lane[i] & ((1u << bits) - 1)]; });
         }
     };
-    // code + offset, where offset = -2^(bits-1)
-    template <int bits> static Float integer(Int code, float offset) {
-        return make([&](int i) { return float(code.lane[i] & ((1u << bits) - 1)) + offset; });
-    }
-    template <int bits> static Float minifloat(Int code, int exponent_bits, float factor) {
+    static Int both(Int a, int mask) { return make_int([&](int i) { return a.lane[i] & uint32_t(mask); }); }
+    static Float to_float(Int a) { return make([&](int i) { return float(int32_t(a.lane[i])); }); }
+    // Codes in the topmost bits: sign, exponent, mantissa; the garbage below them must be masked away.
+    static Float minifloat(Int top, int exponent_bits, int bits, float factor) {
         return make([&](int i) {
-            const uint32_t top = code.lane[i] << (32 - bits), sign = top & 0x80000000u;
-            const uint32_t magnitude = (top & 0x7fffffffu) >> (8 - exponent_bits);
+            const uint32_t magnitude = (top.lane[i] & 0x7fffffffu) >> (32 - bits) << (24 + exponent_bits - bits);
             float value;
             std::memcpy(&value, &magnitude, 4);
             value *= factor;
-            return sign ? -value : value;
+            return top.lane[i] >> 31 ? -value : value;
         });
     }
+    struct Planes { explicit Planes(const float*) {} void operator()(Int, Float*) const {} };  // not used here
+    static constexpr bool has_planes = false;
+    static constexpr int plane_position(int, int) { return 0; }
 };
 
 }  // namespace

@@ -4,25 +4,59 @@
 
 namespace {
 
+// Each decoder offers at<j>(words): the values of the j-th codes of all lanes, times 1 / place(j), and place(j), which
+// the inputs are multiplied by (a power of two: exact); and shift(): what is left to subtract from every value, which
+// products take from the inputs' sums. operator() decodes codes that lie in the low bits, completely.
 template <int bits, int decoder> struct Values;
+
+// j-th codes of all lanes, in the low bits; what lies above them is left to the decoder.
+template <int bits, int j> inline Simd::Int codes_at(const Simd::Int* words) {
+    constexpr int word = j * bits / 32, shift = j * bits % 32;
+    const Simd::Int low = Simd::shift_right(words[word], shift);
+    if constexpr (shift + bits > 32) return Simd::either(low, Simd::shift_left(words[word + 1], 32 - shift));
+    return low;
+}
 
 template <int bits> struct Values<bits, HFL_TABLE> {
     typename Simd::template Table<bits> table;
     explicit Values(const hfl_matrix& w) : table(w.table) {}
     Simd::Float operator()(Simd::Int code) const { return table(code); }
+    template <int j> Simd::Float at(const Simd::Int* words) const { return table(codes_at<bits, j>(words)); }
+    static float place(int) { return 1.0f; }
+    static float shift(const hfl_matrix&) { return 0.0f; }
 };
 
 template <int bits> struct Values<bits, HFL_INTEGER> {
     float offset;
     explicit Values(const hfl_matrix& w) : offset(w.integer_offset) {}
-    Simd::Float operator()(Simd::Int code) const { return Simd::integer<bits>(code, offset); }
+    Simd::Float operator()(Simd::Int code) const {
+        return Simd::add(Simd::to_float(Simd::both(code, (1 << bits) - 1)), Simd::set(offset));
+    }
+    // Codes within one word are converted where they stand, except the topmost, which would be a sign.
+    static constexpr bool stays(int j) { return 32 % bits == 0 && (j + 1) * bits < 32; }
+    template <int j> Simd::Float at(const Simd::Int* words) const {
+        if constexpr (stays(j)) return Simd::to_float(Simd::both(words[0], ((1 << bits) - 1) << (j * bits)));
+        const Simd::Int code = codes_at<bits, j>(words);
+        return Simd::to_float(32 % bits == 0 ? code : Simd::both(code, (1 << bits) - 1));
+    }
+    static float place(int j) { return stays(j) ? 1.0f / static_cast<float>(1u << (j * bits)) : 1.0f; }
+    static float shift(const hfl_matrix& w) { return -w.integer_offset; }
 };
 
 template <int bits> struct Values<bits, HFL_MINIFLOAT> {
     int exponent_bits;
     float factor;
     explicit Values(const hfl_matrix& w) : exponent_bits(w.exponent_bits), factor(w.minifloat_factor) {}
-    Simd::Float operator()(Simd::Int code) const { return Simd::minifloat<bits>(code, exponent_bits, factor); }
+    Simd::Float operator()(Simd::Int code) const {
+        return Simd::minifloat(Simd::shift_left(code, 32 - bits), exponent_bits, bits, factor);
+    }
+    template <int j> Simd::Float at(const Simd::Int* words) const {
+        if constexpr (32 % bits == 0)
+            return Simd::minifloat(Simd::shift_left(words[0], 32 - (j + 1) * bits), exponent_bits, bits, factor);
+        return (*this)(codes_at<bits, j>(words));
+    }
+    static float place(int) { return 1.0f; }
+    static float shift(const hfl_matrix&) { return 0.0f; }
 };
 
 // Calls use(integral constant bits, integral constant decoder): arithmetic decoders where a table takes longer.
