@@ -30,7 +30,13 @@ template <int M> constexpr int chains = M == 1 ? 4 : M <= 4 ? 2 : 1;
 template <int bits, int decoder>
 constexpr bool uses_planes = Simd::has_planes && bits == 4 && decoder == HFL_TABLE;
 
-// Inputs in the order of the codes, [batch][block][j][lane], and their sums per group where values are shifted.
+// How many of the remaining inputs go together through one pass over the codes.
+inline int64_t together(int64_t remaining) {
+    return Simd::max_batch >= 8 && remaining >= 8 ? 8 : remaining >= 4 ? 4 : 1;
+}
+
+// Inputs in the order of the codes, for each pass [block][j][input][lane]: read from front to back. And their sums per
+// group where values are shifted.
 struct Inputs {
     std::vector<float> values, sums;
     int64_t stride, batch, groups;
@@ -44,14 +50,16 @@ struct Inputs {
         std::vector<float> row(static_cast<size_t>(stride), 0.0f);
         values.resize(static_cast<size_t>(m * stride));
         if (w.zero_kind != HFL_NO_ZERO || V::shift(w) != 0) sums.resize(static_cast<size_t>(m * groups), 0.0f);
-        for (int64_t i = 0; i < m; i++) {
+        for (int64_t i = 0, pass = 0, M = together(m); i < m; i++) {
+            if (i == pass + M) pass = i, M = together(m - i);
             load_floats(row.data(), x, i * row_stride, w.columns, type);
-            float* out = values.data() + i * stride;
+            float* out = values.data() + pass * stride + (i - pass) * Simd::lanes;
             for (int64_t b = 0; b < geometry.blocks; b++) {
                 const float* in = row.data() + b * geometry.block;
-                for (int j = 0; j < codes; j++) {
+                for (int j = 0; j < codes; j++, out += M * Simd::lanes) {
                     const float place = V::place(j);
-                    for (int lane = 0; lane < Simd::lanes; lane++) *out++ = place * in[position<bits, decoder>(j, lane)];
+                    for (int lane = 0; lane < Simd::lanes; lane++)
+                        out[lane] = place * in[position<bits, decoder>(j, lane)];
                 }
             }
             const int64_t group = w.columns / w.groups;
@@ -74,7 +82,7 @@ template <int bits, int decoder, int M> struct BlockProduct {
     Values<bits, decoder> values;
     explicit BlockProduct(const hfl_matrix& w) : values(w) {}
 
-    HFL_INLINE void operator()(const uint32_t* words, const float* in, int64_t stride, Simd::Float* sum) const {
+    HFL_INLINE void operator()(const uint32_t* words, const float* in, Simd::Float* sum) const {
         constexpr int lane_words = Lane<bits>::words, codes = Lane<bits>::codes;
         Simd::Int lane[lane_words];
         repeat([&](auto q) HFL_INLINE { lane[q.value] = Simd::strided<lane_words, decltype(q)::value>(words); },
@@ -84,7 +92,7 @@ template <int bits, int decoder, int M> struct BlockProduct {
                 const Simd::Float v = values.template at<decltype(j)::value>(lane);
                 Simd::Float* chain = sum + j.value % chains<M> * M;
                 for (int m = 0; m < M; m++)
-                    chain[m] = Simd::multiply_add(v, Simd::load(in + m * stride + j.value * Simd::lanes), chain[m]);
+                    chain[m] = Simd::multiply_add(v, Simd::load(in + (j.value * M + m) * Simd::lanes), chain[m]);
             },
             std::make_integer_sequence<int, codes>());
     }
@@ -94,85 +102,121 @@ template <int M> struct PlaneProduct {
     typename Simd::Planes planes;
     explicit PlaneProduct(const hfl_matrix& w) : planes(w.table) {}
 
-    HFL_INLINE void operator()(const uint32_t* words, const float* in, int64_t stride, Simd::Float* sum) const {
+    HFL_INLINE void operator()(const uint32_t* words, const float* in, Simd::Float* sum) const {
         Simd::Float v[8];
         planes(Simd::load_int(words), v);
         repeat(
             [&](auto j) HFL_INLINE {
                 Simd::Float* chain = sum + j.value % chains<M> * M;
                 for (int m = 0; m < M; m++)
-                    chain[m] = Simd::multiply_add(v[j.value], Simd::load(in + m * stride + j.value * Simd::lanes), chain[m]);
+                    chain[m] = Simd::multiply_add(v[j.value], Simd::load(in + (j.value * M + m) * Simd::lanes), chain[m]);
             },
             std::make_integer_sequence<int, 8>());
     }
 };
 
-// Rows first..last of y = x w^T for inputs m0..m0+M.
-template <int bits, int decoder, int M>
-void multiply_rows(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0, int64_t first,
-                   int64_t last, void* y, int type) {
+// Rows of y = x w^T for the inputs m0..m0+M. A tile of rows shares a stretch of the inputs while it is in the
+// first-level cache.
+template <int bits, int decoder, int M> class TileProduct {
+  public:
+    static constexpr int rows = 16;
+
+    TileProduct(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0)
+        : w_(w), geometry_(geometry), x_(x), m0_(m0), product_(w), value_shift_(Values<bits, decoder>::shift(w)) {
+        for (int r = 0; r < rows; r++) scales_.emplace_back(w, Simd::lanes);
+    }
+
+    void operator()(int64_t first, int64_t last, void* y, int type) {
+        const int64_t stretch = std::max<int64_t>(1, first_level_bytes / (geometry_.block * M * 4));
+        for (int64_t row = first; row < last; row++) {
+            scales_[row - first].select(row);
+            for (Float& total : total_[row - first]) total = Simd::zero();
+        }
+        for (int64_t b = 0; b < geometry_.blocks; b += stretch)
+            for (int64_t row = first; row < last; row++)
+                add_blocks(row, b, std::min(b + stretch, geometry_.blocks), scales_[row - first], total_[row - first]);
+        for (int64_t row = first; row < last; row++)
+            for (int m = 0; m < M; m++)
+                store_float(y, (m0_ + m) * w_.rows + row, finish(total_[row - first][m], scales_[row - first], m0_ + m),
+                            type);
+    }
+
+  private:
     using Float = Simd::Float;
-    constexpr int block_words = Lane<bits>::words * Simd::lanes;
-    const std::conditional_t<uses_planes<bits, decoder>, PlaneProduct<M>, BlockProduct<bits, decoder, M>> product(w);
-    const float value_shift = Values<bits, decoder>::shift(w);
-    const bool is_shifted = w.zero_kind != HFL_NO_ZERO || value_shift != 0, one_group_per_block = geometry.lane.empty();
-    RowScales scales(w, Simd::lanes);
-    uint32_t tail[block_words] = {};
-    const float* inputs = x.values.data() + m0 * x.stride;
-    for (int64_t row = first; row < last; row++) {
-        scales.select(row);
-        const uint32_t* words = w.codes + row * w.words;
+    static constexpr int block_words = Lane<bits>::words * Simd::lanes;
+    static constexpr int64_t first_level_bytes = 16384;  // half of the smallest first-level cache
+
+    void add_blocks(int64_t row, int64_t first, int64_t last, const RowScales& scales, Float* totals) {
+        const uint32_t* words = w_.codes + row * w_.words;
+        const float* inputs = x_.values.data() + m0_ * x_.stride;
         Float total[M];
-        for (int m = 0; m < M; m++) total[m] = Simd::zero();
-        for (int64_t b = 0; b < geometry.blocks; b++) {
+        for (int m = 0; m < M; m++) total[m] = totals[m];
+        for (int64_t b = first; b < last; b++) {
             const uint32_t* p = words + b * block_words;
             __builtin_prefetch(p + 512);
-            if ((b + 1) * block_words > w.words) {
-                std::memcpy(tail, p, static_cast<size_t>(w.words - b * block_words) * 4);
-                p = tail;
+            if ((b + 1) * block_words > w_.words) {
+                std::memcpy(tail_, p, static_cast<size_t>(w_.words - b * block_words) * 4);
+                p = tail_;
             }
             Float sum[M * chains<M>];
             for (Float& chain : sum) chain = Simd::zero();
-            product(p, inputs + b * geometry.block, x.stride, sum);
+            product_(p, inputs + b * geometry_.block * M, sum);
             for (int k = M; k < M * chains<M>; k++) sum[k % M] = Simd::add(sum[k % M], sum[k]);
-            if (w.groups == 1) {
-                for (int m = 0; m < M; m++) total[m] = Simd::add(total[m], sum[m]);
-            } else {
-                const float* first_scale = scales.scale.data() + geometry.first[b];
-                const Float scale =
-                    one_group_per_block
-                        ? Simd::set(*first_scale)
-                        : Simd::permute(Simd::load(first_scale), Simd::load_int(geometry.lane.data() + b * Simd::lanes));
-                for (int m = 0; m < M; m++) total[m] = Simd::multiply_add(sum[m], scale, total[m]);
-            }
+            const Float scale = w_.groups == 1 ? Simd::set(1.0f) : block_scale(scales.scale.data(), b);
+            for (int m = 0; m < M; m++) total[m] = Simd::multiply_add(sum[m], scale, total[m]);
         }
-        for (int m = 0; m < M; m++) {
-            float result = Simd::sum(total[m]);
-            if (w.groups == 1) result *= scales.scale[0];
-            if (is_shifted) {
-                const float* sums = x.sums.data() + (m0 + m) * x.groups;
-                Float taken = Simd::zero();
-                for (int64_t g = 0; g < w.groups; g += Simd::lanes) {
-                    Float shift = Simd::set(value_shift);
-                    if (w.zero_kind != HFL_NO_ZERO) shift = Simd::add(shift, Simd::load(scales.zero.data() + g));
-                    shift = Simd::multiply(shift, Simd::load(scales.scale.data() + g));
-                    taken = Simd::multiply_add(shift, Simd::load(sums + g), taken);
-                }
-                result -= Simd::sum(taken);
-            }
-            store_float(y, (m0 + m) * w.rows + row, result, type);
-        }
+        for (int m = 0; m < M; m++) totals[m] = total[m];
     }
+
+    HFL_INLINE Float block_scale(const float* scale, int64_t b) const {
+        const float* first = scale + geometry_.first[b];
+        if (geometry_.lane.empty()) return Simd::set(*first);
+        return Simd::permute(Simd::load(first), Simd::load_int(geometry_.lane.data() + b * Simd::lanes));
+    }
+
+    float finish(Float total, const RowScales& scales, int64_t m) const {
+        float result = Simd::sum(total);
+        if (w_.groups == 1) result *= scales.scale[0];
+        if (w_.zero_kind == HFL_NO_ZERO && value_shift_ == 0) return result;
+        const float* sums = x_.sums.data() + m * x_.groups;
+        Float taken = Simd::zero();
+        for (int64_t g = 0; g < w_.groups; g += Simd::lanes) {
+            Float shift = Simd::set(value_shift_);
+            if (w_.zero_kind != HFL_NO_ZERO) shift = Simd::add(shift, Simd::load(scales.zero.data() + g));
+            shift = Simd::multiply(shift, Simd::load(scales.scale.data() + g));
+            taken = Simd::multiply_add(shift, Simd::load(sums + g), taken);
+        }
+        return result - Simd::sum(taken);
+    }
+
+    const hfl_matrix& w_;
+    const Geometry& geometry_;
+    const Inputs& x_;
+    int64_t m0_;
+    const std::conditional_t<uses_planes<bits, decoder>, PlaneProduct<M>, BlockProduct<bits, decoder, M>> product_;
+    float value_shift_;
+    std::vector<RowScales> scales_;
+    Float total_[rows][M];
+    uint32_t tail_[block_words] = {};
+};
+
+template <int bits, int decoder, int M>
+void multiply_rows(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0, int64_t first,
+                   int64_t last, void* y, int type) {
+    TileProduct<bits, decoder, M> tile(w, geometry, x, m0);
+    for (int64_t row = first; row < last; row += tile.rows) tile(row, std::min(last, row + tile.rows), y, type);
 }
 
 template <int bits, int decoder>
 void multiply_batch(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t first, int64_t last, void* y,
                     int type) {
-    int64_t m = 0;
-    if constexpr (Simd::max_batch >= 8)
-        for (; m + 8 <= x.batch; m += 8) multiply_rows<bits, decoder, 8>(w, geometry, x, m, first, last, y, type);
-    for (; m + 4 <= x.batch; m += 4) multiply_rows<bits, decoder, 4>(w, geometry, x, m, first, last, y, type);
-    for (; m < x.batch; m++) multiply_rows<bits, decoder, 1>(w, geometry, x, m, first, last, y, type);
+    for (int64_t m = 0, M; m < x.batch; m += M) {
+        M = together(x.batch - m);
+        if constexpr (Simd::max_batch >= 8)
+            if (M == 8) multiply_rows<bits, decoder, 8>(w, geometry, x, m, first, last, y, type);
+        if (M == 4) multiply_rows<bits, decoder, 4>(w, geometry, x, m, first, last, y, type);
+        if (M == 1) multiply_rows<bits, decoder, 1>(w, geometry, x, m, first, last, y, type);
+    }
 }
 
 // Layouts whose groups cut lanes, and base 3: a row is decoded into the first-level cache, then multiplied.
