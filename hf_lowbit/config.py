@@ -12,12 +12,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_lowbit.formats import ActivationSpec, SpecError, WeightSpec
 from hf_lowbit.formats.number_format import default_bits
 from hf_lowbit.formats.spec import GroupSize
+from hf_lowbit.kernels import why_not
 from hf_lowbit.nn import LayerSpec
 from hf_lowbit.plan import PlanError, check_entries
 from hf_lowbit.plan.patterns import check_patterns, first_match
 
 FORMAT_VERSION = 1
-BACKENDS = ("reference",)
 _FORMAT_FIELDS = ("format", "bits", "group_size", "symmetric", "scale_dtype", "packing", "exponent", "codebook")
 _ACTIVATION_FIELDS = ("activation_bits", "activation_format")
 _RUNTIME_FIELDS = ("dataset",)  # never written: a config holds no data
@@ -77,7 +77,7 @@ class LowbitConfig(QuantizationConfigMixin):
             first pattern that matches counts.
         strict_groups: refuse groups that do not divide a layer's input instead of taking the largest divisor.
         low_rank: compensation of the rounding error, or None.
-        backend: force a kernel backend; None picks.
+        backend: force a kernel backend, "reference" (torch) or "cpu" (native); None picks the best for each product.
         dataset, num_samples, sequence_length, seed: calibration data, for methods that need it. The data itself is
             never stored.
         plan: the final plan as stored; set by quantization.
@@ -165,10 +165,8 @@ class LowbitConfig(QuantizationConfigMixin):
                 raise ConfigError(
                     f"{type(self).__name__}: {name} must be a positive integer, not {getattr(self, name)!r}"
                 )
-        if self.backend is not None and self.backend not in BACKENDS:
-            raise ConfigError(
-                f"{type(self).__name__}: backend={self.backend!r} is not available; available: {', '.join(BACKENDS)}"
-            )
+        if reason := why_not(self.backend):
+            raise ConfigError(f"{type(self).__name__}: {reason}")
         if self.low_rank is not None and not isinstance(self.low_rank, LowRankConfig):
             raise ConfigError(f"{type(self).__name__}: low_rank must be a LowRankConfig, not {self.low_rank!r}")
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_lowbit.config import LowbitConfig
-from hf_lowbit.nn import PackedModule
+from hf_lowbit.nn import PackedModule, connect_siblings
 from hf_lowbit.reporting import Report
 
 _ATTRIBUTE = "_lowbit_state"
@@ -33,11 +33,16 @@ class QuantizationState:
 
 
 def attach_state(model: nn.Module, state: QuantizationState) -> None:
-    """Remember the state on the model object, and its config on every packed module: no parameters or submodules."""
+    """Remember the state on the model object, and its config on every packed module: no parameters or submodules.
+
+    The packed modules take the config's backend, and siblings compute together from now on.
+    """
     object.__setattr__(model, _ATTRIBUTE, state)
     for module in model.modules():
         if isinstance(module, PackedModule):
             object.__setattr__(module, _LAYER_ATTRIBUTE, state.config)
+            module.backend = state.config.backend
+    connect_siblings(model)
 
 
 def detach_state(model: nn.Module) -> None:

@@ -1,7 +1,19 @@
-"""Products with packed weights. One dispatch; today's backend is the torch reference."""
+"""Products with packed weights: one dispatch over the torch reference and the native CPU kernels."""
 
 from hf_lowbit.kernels.activation import quantize_tokens
-from hf_lowbit.kernels.reference import packed_linear
+from hf_lowbit.kernels.decoding import decode_matrix, look_up_rows
+from hf_lowbit.kernels.linear import packed_linear, packed_linears
+from hf_lowbit.kernels.routes import BACKENDS, why_not
 from hf_lowbit.kernels.sliced import multiplies_integers, sliced_linear
 
-__all__ = ["multiplies_integers", "packed_linear", "quantize_tokens", "sliced_linear"]
+__all__ = [
+    "BACKENDS",
+    "decode_matrix",
+    "look_up_rows",
+    "multiplies_integers",
+    "packed_linear",
+    "packed_linears",
+    "quantize_tokens",
+    "sliced_linear",
+    "why_not",
+]

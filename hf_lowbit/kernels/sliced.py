@@ -10,7 +10,6 @@ Each group of the input is one matrix product (a K-slice) of raw codes; its sum 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec, unpack_codes
 from hf_lowbit.formats.number_format import look_up
 from hf_lowbit.formats.packed import scales, table_of, zero_points
+from hf_lowbit.kernels.routes import has_int8_dot
 
 _EXACT_FLOAT_WIDTH = 1024  # 1024 * 127 * 128 < 2^24: float32 holds every partial sum exactly
 
@@ -72,17 +72,10 @@ def _arithmetic(
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """int8 ``[m, k]`` times the transpose of int8 ``[n, k]``: exact integers, as int32 or as float32."""
-    if a.device.type != "cpu" or _has_int8_dot():
+    if a.device.type != "cpu" or has_int8_dot():
         return torch._int_mm(a.contiguous(), b.t().contiguous())
     if a.shape[1] <= _EXACT_FLOAT_WIDTH:
         return torch.nn.functional.linear(a.float(), b.float())
     slices = zip(a.split(_EXACT_FLOAT_WIDTH, dim=1), b.split(_EXACT_FLOAT_WIDTH, dim=1), strict=True)
     sums = [torch.nn.functional.linear(x.float(), y.float()).int() for x, y in slices]
     return torch.stack(sums).sum(0, dtype=torch.int32)
-
-
-@cache
-def _has_int8_dot() -> bool:
-    """Whether this processor has int8 dot products; without them oneDNN's int8 product is far slower than float32."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("avx512_vnni", "amx_int8"))

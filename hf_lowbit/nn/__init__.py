@@ -6,6 +6,7 @@ from hf_lowbit.nn.embedding import PackedEmbedding
 from hf_lowbit.nn.experts import PackedExperts
 from hf_lowbit.nn.kinds import KINDS, kind_of, refusal_of, register_kind
 from hf_lowbit.nn.linear import PackedConv1D, PackedLinear
+from hf_lowbit.nn.siblings import connect_siblings, disconnect_siblings
 from hf_lowbit.nn.spec import LayerSpec
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "PackedExperts",
     "PackedLinear",
     "PackedModule",
+    "connect_siblings",
+    "disconnect_siblings",
     "kind_of",
     "refusal_of",
     "register_kind",

@@ -8,8 +8,9 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_lowbit.formats import PackedTensor, decode
+from hf_lowbit.formats import PackedTensor
 from hf_lowbit.formats.packed import from_bits, to_bits
+from hf_lowbit.kernels import decode_matrix
 from hf_lowbit.nn.spec import LayerSpec
 
 _FACTOR_DTYPE = "bfloat16"
@@ -33,11 +34,13 @@ class PackedModule(nn.Module):
         kind: the name under which plans refer to the class.
         packed_parameters: the parameters that are packed.
         layer_spec: formats of weights and activations.
+        backend: one of :data:`hf_lowbit.kernels.BACKENDS` to force it; None takes the best for each product.
     """
 
     kind: ClassVar[str]
     packed_parameters: ClassVar[tuple[str, ...]] = ("weight",)
     layer_spec: LayerSpec
+    backend: str | None = None
 
     @classmethod
     @abstractmethod
@@ -123,7 +126,7 @@ class PackedModule(nn.Module):
 
     def dequantized(self, name: str = "weight", dtype: torch.dtype = torch.float32, branch: bool = True) -> Tensor:
         """The weight the layer applies, in its original layout; without ``branch`` the decoded codes alone."""
-        matrix = decode(self.packed(name), dtype)
+        matrix = decode_matrix(self.packed(name), dtype, self.backend)
         factors = self.low_rank_factors(name, dtype) if branch else None
         if factors is not None:
             matrix = matrix + expand_low_rank(*factors, self.branches(name))

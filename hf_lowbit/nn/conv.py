@@ -98,7 +98,7 @@ class _PackedConv(PackedModule):
         outputs = []
         for group, tokens in enumerate(patches.chunk(self.groups, -1)):
             own = slice(group * rows, (group + 1) * rows)
-            y = packed_linear(tokens, self.packed().rows(own), self.layer_spec.activation)
+            y = packed_linear(tokens, self.packed().rows(own), self.layer_spec.activation, self.backend)
             if factors is not None:
                 y = y + F.linear(F.linear(tokens, factors[0]), factors[1][own])
             outputs.append(y)

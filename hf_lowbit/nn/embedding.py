@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_lowbit.formats import decode_rows
+from hf_lowbit.kernels import look_up_rows
 from hf_lowbit.nn.base import PackedModule, expect
 from hf_lowbit.nn.spec import LayerSpec
 
@@ -51,8 +51,9 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     def forward(self, indices: Tensor) -> Tensor:
         """Integer ``[...]`` to ``[..., embedding_dim]``. Raises IndexError for an index out of range."""
         flat = indices.reshape(-1)
-        rows = decode_rows(self.packed(), flat)
+        dtype = self.output_dtype.dtype
         factors = self.low_rank_factors("weight", torch.float32)
+        rows = look_up_rows(self.packed(), flat, dtype if factors is None else torch.float32, self.backend)
         if factors is not None:
-            rows = rows + factors[1][flat] @ factors[0]
-        return rows.to(self.output_dtype.dtype).reshape(*indices.shape, self.embedding_dim)
+            rows = (rows + factors[1][flat] @ factors[0]).to(dtype)
+        return rows.reshape(*indices.shape, self.embedding_dim)

@@ -73,7 +73,7 @@ class PackedExperts(PackedModule):
         return result
 
     def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
-        y = packed_linear(x, self.packed(name)[expert], self.layer_spec.activation)
+        y = packed_linear(x, self.packed(name)[expert], self.layer_spec.activation, self.backend)
         factors = self.low_rank_factors(name, x.dtype)
         if factors is None:
             return y

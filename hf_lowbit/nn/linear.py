@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from hf_lowbit.kernels import packed_linear
 from hf_lowbit.nn.base import PackedModule, expect
+from hf_lowbit.nn.siblings import Siblings
 from hf_lowbit.nn.spec import LayerSpec
 
 
@@ -16,9 +17,13 @@ class PackedLinear(PackedModule, nn.Linear):
 
     It is an nn.Linear to isinstance, so that tools which look for linear layers (PEFT's "all-linear", LoRA loaders)
     find it.
+
+    Attributes:
+        siblings: the layers it computes together with, if any (see :mod:`hf_lowbit.nn.siblings`).
     """
 
     kind = "linear"
+    siblings: Siblings | None = None
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec) -> None:
         nn.Module.__init__(self)
@@ -45,7 +50,9 @@ class PackedLinear(PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        y = packed_linear(x, self.packed(), self.layer_spec.activation)
+        y = None if self.siblings is None else self.siblings.take(self, x)
+        if y is None:
+            y = packed_linear(x, self.packed(), self.layer_spec.activation, self.backend)
         factors = self.low_rank_factors("weight", x.dtype)
         if factors is not None:
             y = y + F.linear(F.linear(x, factors[0]), factors[1])

@@ -71,7 +71,7 @@ def product(
 @pytest.fixture(params=["int8 dot", "float32 slices"])
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to multiply int8, whatever this processor has."""
-    monkeypatch.setattr(sliced, "_has_int8_dot", lambda: request.param == "int8 dot")
+    monkeypatch.setattr(sliced, "has_int8_dot", lambda: request.param == "int8 dot")
 
 
 @pytest.mark.usefixtures("arithmetic")

@@ -1,10 +1,11 @@
-"""The native CPU kernels: C++ behind a C interface, loaded with ctypes, working on packed tensors as they lie on disk."""
+"""The native CPU kernels: C++ behind a C interface, working on packed tensors as they lie on disk."""
 
 from hf_lowbit.kernels.cpu.library import available, instruction_sets, unavailable_because, use_instruction_set
 from hf_lowbit.kernels.cpu.matrix import Matrix, describe
-from hf_lowbit.kernels.cpu.products import decode_rows, linear, linear_int8, multiplies_int8
+from hf_lowbit.kernels.cpu.products import FLOAT_TYPES, decode_rows, linear, linear_int8, multiplies_int8
 
 __all__ = [
+    "FLOAT_TYPES",
     "Matrix",
     "available",
     "decode_rows",

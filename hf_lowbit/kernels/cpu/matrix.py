@@ -29,16 +29,12 @@ class MatrixStruct(ctypes.Structure):
 
 
 class Matrix:
-    """A packed matrix ``[rows, columns]`` on the CPU, described once and used for many products.
-
-    It keeps the tensors it points to alive, and knows whether another packed tensor is the same memory.
-    """
+    """A packed matrix ``[rows, columns]`` on the CPU, by pointers: the packed tensor must outlive its use."""
 
     def __init__(self, packed: PackedTensor) -> None:
         self.spec, self.rows, self.columns = packed.spec, packed.weight.shape[0], packed.columns
-        self._table = table_of(packed).contiguous()
-        self._tensors = (packed.weight, packed.scale, packed.zero_point)
-        decoder = _fitted(self._table) if packed.spec.has_fitted_table else _decoder(packed.spec)
+        self._table = table_of(packed)
+        decoder = _Decoder() if packed.spec.has_fitted_table else _decoder(packed.spec)
         zero = 0 if packed.zero_point is None else 2 if packed.spec.has_integer_zero_point else 1
         self.struct = MatrixStruct(
             codes=packed.weight.data_ptr(),
@@ -64,11 +60,35 @@ class Matrix:
         self.address = ctypes.addressof(self.struct)
 
 
+_described: dict[tuple[int, ...], Matrix] = {}
+_MOST_DESCRIBED = 1 << 16
+
+
 def describe(packed: PackedTensor) -> Matrix | None:
-    """The native view of a packed matrix; None if it is not a contiguous one in CPU memory."""
-    stored = packed.tensors().values()
-    on_cpu = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in stored)
-    return Matrix(packed) if on_cpu and packed.weight.dim() == 2 else None
+    """The native view of a packed matrix; None if it is not a contiguous one in CPU memory.
+
+    Remembered by address: a description holds addresses and sizes only, so it stays true of whatever lies there.
+    """
+    weight, scale, zero_point, table = packed.weight, packed.scale, packed.zero_point, packed.table
+    if weight.device.type != "cpu" or weight.dim() != 2 or not (weight.is_contiguous() and scale.is_contiguous()):
+        return None
+    key = (
+        weight.data_ptr(),
+        scale.data_ptr(),
+        0 if zero_point is None else zero_point.data_ptr(),
+        0 if table is None else table.data_ptr(),
+        weight.shape[0],
+        packed.columns,
+        id(packed.spec),  # alive as long as the description that holds it
+    )
+    matrix = _described.get(key)
+    if matrix is None:
+        if zero_point is not None and not zero_point.is_contiguous():
+            return None
+        if len(_described) >= _MOST_DESCRIBED:
+            _described.clear()
+        matrix = _described[key] = Matrix(packed)
+    return matrix
 
 
 @dataclass(frozen=True)
@@ -92,14 +112,8 @@ def _decoder(spec: WeightSpec) -> _Decoder:
     for exponent_bits in range(1, spec.bits):
         factor = _minifloat_factor(table, exponent_bits)
         if factor is not None:
-            return _Decoder(
-                _MINIFLOAT, exponent_bits=exponent_bits, factor=factor, integer_multiplier=multiplier
-            )
+            return _Decoder(_MINIFLOAT, exponent_bits, factor=factor, integer_multiplier=multiplier)
     return _Decoder(integer_multiplier=multiplier)
-
-
-def _fitted(table: Tensor) -> _Decoder:
-    return _Decoder()
 
 
 def _minifloat_factor(table: Tensor, exponent_bits: int) -> float | None:
@@ -118,4 +132,4 @@ def _minifloat_factor(table: Tensor, exponent_bits: int) -> float | None:
     factor = float(table[usable][-1] / (sign * raw)[usable][-1])
     finite = torch.isfinite(table)
     exact = torch.equal((raw * factor * sign)[finite] + 0.0, table[finite] + 0.0)
-    return factor if exact and bits > 1 + 0 else None
+    return factor if exact and bits > 1 else None

@@ -64,8 +64,8 @@ def multiplies_int8(matrix: Matrix) -> bool:
     return bool(_library().hfl_multiplies_int8(matrix.pointer))
 
 
-def decode_rows(matrix: Matrix, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
-    """Decoded rows ``[n, columns]``, equal to the torch reference to the last bit.
+def decode_rows(matrix: Matrix, rows: slice | Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Decoded rows ``[n, columns]``, equal to the torch reference to the last bit; into ``out`` if it is given.
 
     Raises:
         IndexError: a row that the matrix does not have.
@@ -77,7 +77,8 @@ def decode_rows(matrix: Matrix, rows: slice | Tensor, dtype: torch.dtype) -> Ten
     else:
         index = rows.to(torch.int64).contiguous()
         start, n = 0, index.numel()
-    out = torch.empty(n, matrix.columns, dtype=dtype)
+    if out is None:
+        out = torch.empty(n, matrix.columns, dtype=dtype)
     status = _library().hfl_decode(
         matrix.pointer,
         None if index is None else ctypes.c_void_p(index.data_ptr()),

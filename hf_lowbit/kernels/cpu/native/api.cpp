@@ -64,13 +64,13 @@ int hfl_use(const char* name) {
 
 int hfl_linear(const hfl_matrix* const* matrices, int count, const void* x, int type, int64_t m, int64_t stride,
                void* const* y, int threads) {
-    if (!are_valid(matrices, count) || !is_type(type) || m < 0 || !x || !y) return -1;
+    if (!are_valid(matrices, count) || !is_type(type) || m < 0 || (m && !x) || !y) return -1;
     return m == 0 ? 0 : chosen->linear(matrices, count, x, type, m, stride, y, threads);
 }
 
 int hfl_linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* x_scale, int64_t m,
                     int type, void* const* y, int threads) {
-    if (!are_valid(matrices, count) || !is_type(type) || m < 0 || !x || !x_scale || !y) return -1;
+    if (!are_valid(matrices, count) || !is_type(type) || m < 0 || (m && (!x || !x_scale)) || !y) return -1;
     return m == 0 ? 0 : chosen->linear_int8(matrices, count, x, x_scale, m, type, y, threads);
 }
 

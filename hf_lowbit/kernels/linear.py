@@ -1,0 +1,37 @@
+"""The one entry to products with packed weights: eager, recorded for gradients, or traced by torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats import ActivationSpec, PackedTensor
+from hf_lowbit.kernels import ops
+from hf_lowbit.kernels.autograd import PackedLinearFunction
+from hf_lowbit.kernels.products import product, products
+
+
+def packed_linear(
+    x: Tensor, packed: PackedTensor, activation: ActivationSpec | None = None, backend: str | None = None
+) -> Tensor:
+    """x ``[..., columns]`` float times a packed ``[rows, columns]``, giving ``[..., rows]``. Differentiable in x.
+
+    Args:
+        activation: quantize x per token first; without it activations stay as they are.
+        backend: one of :data:`hf_lowbit.kernels.BACKENDS`, or None for the best.
+    """
+    if torch.compiler.is_compiling():
+        return ops.packed_linear(x, packed, activation, backend)
+    if x.requires_grad and torch.is_grad_enabled():
+        result: Tensor = PackedLinearFunction.apply(x, packed, activation, backend)
+        return result
+    return product(x, packed, activation, backend)
+
+
+def packed_linears(
+    x: Tensor, weights: Sequence[PackedTensor], activation: ActivationSpec | None = None, backend: str | None = None
+) -> list[Tensor]:
+    """As :func:`packed_linear` for several matrices at once, without gradients: one call for all, x read once."""
+    return products(x, weights, activation, backend)

@@ -1,0 +1,127 @@
+"""The products as torch custom operators: what torch.compile and torch.export see instead of their insides.
+
+A specification travels as JSON, because operators take plain arguments only.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec
+from hf_lowbit.kernels import products
+
+_PACKED = "Tensor weight, Tensor scale, Tensor? zero_point, Tensor? table, str spec, int columns"
+_library = torch.library.Library("hf_lowbit", "DEF")
+_library.define(f"linear(Tensor x, {_PACKED}, str? activation, str? backend) -> Tensor")
+_library.define(f"linear_backward(Tensor gradient, {_PACKED}, str? backend) -> Tensor")
+_library.define(f"decode({_PACKED}, ScalarType dtype, str? backend) -> Tensor")
+_library.define(f"rows({_PACKED}, Tensor index, ScalarType dtype, str? backend) -> Tensor")
+
+
+def packed_linear(x: Tensor, packed: PackedTensor, activation: ActivationSpec | None, backend: str | None) -> Tensor:
+    """:func:`hf_lowbit.kernels.packed_linear` as an operator."""
+    told = None if activation is None else _to_json(activation)
+    result: Tensor = torch.ops.hf_lowbit.linear(x, *_arguments(packed), told, backend)
+    return result
+
+
+def decode_matrix(packed: PackedTensor, dtype: torch.dtype, backend: str | None) -> Tensor:
+    """The decoded matrix as an operator."""
+    result: Tensor = torch.ops.hf_lowbit.decode(*_arguments(packed), dtype, backend)
+    return result
+
+
+def look_up_rows(packed: PackedTensor, index: Tensor, dtype: torch.dtype, backend: str | None) -> Tensor:
+    """Decoded rows as an operator."""
+    result: Tensor = torch.ops.hf_lowbit.rows(*_arguments(packed), index, dtype, backend)
+    return result
+
+
+def _arguments(packed: PackedTensor) -> tuple[Any, ...]:
+    return packed.weight, packed.scale, packed.zero_point, packed.table, _to_json(packed.spec), packed.columns
+
+
+def _to_json(spec: WeightSpec | ActivationSpec) -> str:
+    return json.dumps(spec.to_dict())
+
+
+@lru_cache(maxsize=1024)
+def _weight_spec(text: str) -> WeightSpec:
+    return WeightSpec.from_dict(json.loads(text))
+
+
+@lru_cache(maxsize=64)
+def _activation_spec(text: str) -> ActivationSpec:
+    return ActivationSpec.from_dict(json.loads(text))
+
+
+def _packed(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None, spec: str, columns: int
+) -> PackedTensor:
+    return PackedTensor(weight, scale, _weight_spec(spec), columns, zero_point, table)
+
+
+@torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
+def _linear(x: Tensor, *arguments: Any) -> Tensor:
+    *packed, activation, backend = arguments
+    spec = None if activation is None else _activation_spec(activation)
+    return products.product(x, _packed(*packed), spec, backend)
+
+
+@torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
+def _linear_backward(gradient: Tensor, *arguments: Any) -> Tensor:
+    *packed, backend = arguments
+    return products.input_gradient(gradient, _packed(*packed), backend)
+
+
+@torch.library.impl(_library, "decode", "CompositeExplicitAutograd")
+def _decode(*arguments: Any) -> Tensor:
+    *packed, dtype, backend = arguments
+    return products.decode_matrix(_packed(*packed), dtype, backend)
+
+
+@torch.library.impl(_library, "rows", "CompositeExplicitAutograd")
+def _rows(*arguments: Any) -> Tensor:
+    *packed, index, dtype, backend = arguments
+    return products.look_up_rows(_packed(*packed), index, dtype, backend)
+
+
+@torch.library.register_fake("hf_lowbit::linear", lib=_library)
+def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("hf_lowbit::linear_backward", lib=_library)
+def _linear_backward_fake(gradient: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], arguments[4])
+
+
+@torch.library.register_fake("hf_lowbit::decode", lib=_library)
+def _decode_fake(weight: Tensor, *arguments: Any) -> Tensor:
+    *_, columns, dtype, _backend = arguments
+    return weight.new_empty(*weight.shape[:-1], columns, dtype=dtype)
+
+
+@torch.library.register_fake("hf_lowbit::rows", lib=_library)
+def _rows_fake(weight: Tensor, *arguments: Any) -> Tensor:
+    *_, columns, index, dtype, _backend = arguments
+    return weight.new_empty(index.shape[0], columns, dtype=dtype)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, scale, zero_point, table, spec, columns, _activation, backend = inputs
+    ctx.save_for_backward(weight, scale, zero_point, table)
+    ctx.rest = (spec, columns, backend)
+
+
+def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    result = torch.ops.hf_lowbit.linear_backward(gradient, *ctx.saved_tensors, *ctx.rest)
+    return (result, *[None] * 8)
+
+
+torch.library.register_autograd("hf_lowbit::linear", _input_gradient, setup_context=_remember, lib=_library)

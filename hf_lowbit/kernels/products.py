@@ -1,0 +1,85 @@
+"""Products with packed weights, each by the route that suits it. No gradients here: see autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats import ActivationSpec, PackedTensor, decode
+from hf_lowbit.formats import decode_rows as reference_rows
+from hf_lowbit.kernels import cpu
+from hf_lowbit.kernels.activation import quantize_tokens
+from hf_lowbit.kernels.reference import reference_product
+from hf_lowbit.kernels.routes import native, route
+from hf_lowbit.kernels.sliced import sliced_linear
+from hf_lowbit.kernels.tiles import tiled_gradient, tiled_product
+
+
+def product(x: Tensor, packed: PackedTensor, activation: ActivationSpec | None, backend: str | None) -> Tensor:
+    """x ``[..., columns]`` times a packed ``[rows, columns]``: ``[..., rows]`` in x's type."""
+    return products(x, [packed], activation, backend)[0]
+
+
+def products(
+    x: Tensor, weights: Sequence[PackedTensor], activation: ActivationSpec | None, backend: str | None
+) -> list[Tensor]:
+    """x times several packed matrices of the same input width; what can be shared between them is done once."""
+    tokens = x.reshape(-1, x.shape[-1])
+    ways = [route(tokens, packed, activation, backend) for packed in weights]
+    if activation is not None and any(way != "reference" for way in ways):
+        codes, scale = quantize_tokens(tokens, activation)
+    results: list[Tensor | None] = [None] * len(weights)
+    for way in ("gemv", "int8"):  # one call of the native kernel for all that take this way
+        chosen = [i for i, other in enumerate(ways) if other == way]
+        if chosen:
+            matrices = [_described(weights[i]) for i in chosen]
+            if way == "gemv":
+                computed = cpu.linear(tokens, matrices)
+            else:
+                computed = cpu.linear_int8(codes, scale, matrices, x.dtype)
+            for i, result in zip(chosen, computed, strict=True):
+                results[i] = result
+    for i, way in enumerate(ways):
+        if way == "reference":
+            results[i] = reference_product(tokens, weights[i], activation)
+        elif way == "tiles":
+            results[i] = tiled_product(tokens, _described(weights[i]))
+        elif way == "sliced":
+            results[i] = sliced_linear(codes, scale, weights[i], x.dtype).to(x.dtype)
+    return [result.reshape(*x.shape[:-1], result.shape[-1]) for result in results if result is not None]
+
+
+def input_gradient(gradient: Tensor, packed: PackedTensor, backend: str | None) -> Tensor:
+    """Gradient ``[..., rows]`` of a product to that of its input, ``[..., columns]``."""
+    tokens = gradient.reshape(-1, gradient.shape[-1])
+    matrix = None if backend == "reference" else native(tokens, packed)
+    result = tokens @ decode(packed, gradient.dtype) if matrix is None else tiled_gradient(tokens, matrix)
+    return result.reshape(*gradient.shape[:-1], result.shape[-1])
+
+
+def decode_matrix(packed: PackedTensor, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Tensor:
+    """:func:`hf_lowbit.formats.decode`, natively where that is possible: the same bits, sooner."""
+    if packed.weight.dim() > 2:
+        return torch.stack([decode_matrix(packed[i], dtype, backend) for i in range(packed.weight.shape[0])])
+    matrix = None if backend == "reference" or dtype not in cpu.FLOAT_TYPES else _native(packed)
+    return decode(packed, dtype) if matrix is None else cpu.decode_rows(matrix, slice(None), dtype)
+
+
+def look_up_rows(packed: PackedTensor, index: Tensor, dtype: torch.dtype, backend: str | None = None) -> Tensor:
+    """Decoded rows ``[n, columns]`` for a 1-D index. Raises IndexError for an index out of range."""
+    matrix = None if backend == "reference" or dtype not in cpu.FLOAT_TYPES else _native(packed)
+    if matrix is None or index.device.type != "cpu":
+        return reference_rows(packed, index).to(dtype)
+    return cpu.decode_rows(matrix, index, dtype)
+
+
+def _native(packed: PackedTensor) -> cpu.Matrix | None:
+    return cpu.describe(packed) if cpu.available() else None
+
+
+def _described(packed: PackedTensor) -> cpu.Matrix:
+    matrix = cpu.describe(packed)
+    assert matrix is not None  # its route says so
+    return matrix

@@ -1,0 +1,123 @@
+"""Linear layers that read the same input compute together: query, key and value; gate and up.
+
+The modules and their parameters stay what they are. The first sibling that is called on an input computes all of them
+in one call of the kernel and keeps the others' results for the moment. Nothing is wrong when that does not hold: a
+sibling called with another input, or changed input, computes its own result, and siblings that turn out not to share
+their input (cross-attention) stop trying.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowbit.kernels import packed_linears
+
+if TYPE_CHECKING:
+    from hf_lowbit.nn.linear import PackedLinear
+
+# Names under which architectures keep projections of one input.
+SIBLING_NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("to_q", "to_k", "to_v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+MOST_TOKENS = 16  # beyond, a call's fixed cost no longer counts and the waiting results take memory
+
+
+class Siblings:
+    """Some linear layers of one parent, in the order of their names. Copies and pickles of it are None."""
+
+    def __init__(self, parent: nn.Module, names: list[str]) -> None:
+        self._parent, self._names = weakref.ref(parent), names
+        self._input: Tensor | None = None
+        self._version = 0
+        self._results: dict[str, Tensor] = {}
+        self.active = True
+
+    def take(self, member: PackedLinear, x: Tensor) -> Tensor | None:
+        """The member's product with x, if siblings compute it; None if the member has to."""
+        if not self.active or torch.compiler.is_compiling() or not _is_suitable(x):
+            return None
+        is_new = self._input is not x or self._version != x._version
+        if is_new and not self._compute(x):
+            return None
+        name = next((name for name in self._results if self._member(name) is member), None)
+        result = None if name is None else self._results.pop(name)
+        if not self._results:
+            self._input = None
+        return result
+
+    def _compute(self, x: Tensor) -> bool:
+        """All products with x; False if they must not be computed together."""
+        if self._results:  # somebody did not come for the last ones
+            self.active, self._results, self._input = False, {}, None
+            return False
+        members = [self._member(name) for name in self._names]
+        if not all(_is_untouched(member) for member in members):
+            return False
+        first = members[0]
+        weights = [member.packed() for member in members]
+        results = packed_linears(x, weights, first.layer_spec.activation, first.backend)
+        self._input, self._version = x, x._version
+        self._results = dict(zip(self._names, results, strict=True))
+        return True
+
+    def _member(self, name: str) -> Any:
+        return getattr(self._parent(), name, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def connect_siblings(model: nn.Module) -> int:
+    """Let packed linear layers that share an input compute together; returns the number of groups."""
+    groups = 0
+    for parent in model.modules():
+        for names in SIBLING_NAMES:
+            present = [name for name in names if _is_linear(getattr(parent, name, None))]
+            first = getattr(parent, present[0]) if present else None
+            alike = [name for name in present if _reads_alike(getattr(parent, name), first)]
+            if len(alike) > 1:
+                group = Siblings(parent, alike)
+                for name in alike:
+                    getattr(parent, name).siblings = group
+                groups += 1
+    return groups
+
+
+def disconnect_siblings(model: nn.Module) -> None:
+    """Every layer computes its own product again."""
+    for module in model.modules():
+        if _is_linear(module):
+            module.siblings = None  # type: ignore[assignment]
+
+
+def _is_linear(module: Any) -> bool:
+    return getattr(module, "kind", None) == "linear" and hasattr(module, "siblings")
+
+
+def _reads_alike(module: Any, first: Any) -> bool:
+    same = module.in_features == first.in_features and module.layer_spec.activation == first.layer_spec.activation
+    return bool(same and module.is_packed())
+
+
+def _is_suitable(x: Tensor) -> bool:
+    few = x.numel() <= MOST_TOKENS * x.shape[-1]
+    return few and not x.is_inference() and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def _is_untouched(module: Any) -> bool:
+    """False for what an adapter has wrapped, a hook listens to, or offloading has taken the forward of."""
+    if not _is_linear(module):
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return not hooks and "forward" not in module.__dict__

@@ -1,0 +1,175 @@
+"""Every native product against the torch reference, on every instruction set that runs here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_lowbit.formats import ActivationSpec, PackedTensor, decode
+from hf_lowbit.kernels import cpu, packed_linear
+from tests.kernels.cpu.matrices import FORMATS, random_packed
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+GROUPS = (None, "tensor", 24, 32, 64, 96)
+# (rows, columns): one row; columns that end within a block, a lane and a word
+SHAPES = ((1, 192), (33, 576), (7, 101))
+
+
+def relative(y: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> float:
+    """Norm of the difference over the norm of ``scale``, which is ``expected`` where nothing cancels."""
+    scale = expected if scale is None else scale
+    return float((y.double() - expected.double()).norm() / scale.double().norm())
+
+
+def exact_product(x: torch.Tensor, packed: PackedTensor) -> torch.Tensor:
+    return x.double() @ decode(packed).double().t()
+
+
+def without_cancellation(x: torch.Tensor, packed: PackedTensor) -> torch.Tensor:
+    """What rounding errors of a sum are proportional to: the product of magnitudes."""
+    return x.double().abs() @ decode(packed).double().abs().t()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_equals_the_reference(name: str, group_size: int | str | None, instruction_set: str) -> None:
+    for rows, columns in SHAPES:
+        if isinstance(group_size, int) and columns % group_size:
+            continue
+        packed = random_packed(rows, columns, group_size=group_size, **FORMATS[name])
+        matrix = cpu.describe(packed)
+        assert matrix is not None
+        for dtype, tolerance in TOLERANCE.items():
+            assert torch.equal(cpu.decode_rows(matrix, slice(None), dtype), decode(packed, dtype))
+            for tokens in (1, 2, 5, 8, 13):
+                x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+                x = (x / 128).to(dtype)  # sums of e5m2 values must fit float16
+                (y,) = cpu.linear(x, [matrix])
+                assert y.dtype == dtype
+                assert relative(y, exact_product(x, packed), without_cancellation(x, packed)) < tolerance
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("group_size", (None, 32, 96))
+def test_integer_sums_are_exact(name: str, group_size: int | None, instruction_set: str) -> None:
+    packed = random_packed(19, 576, group_size=group_size, **FORMATS[name])
+    matrix = cpu.describe(packed)
+    assert matrix is not None
+    if not cpu.multiplies_int8(matrix):
+        assert (
+            packed.spec.bits not in (1, 2, 4, 8)
+            or packed.spec.packing == "base3"
+            or (
+                packed.spec.has_fitted_table
+                or packed.spec.number_format.integer_multiplier is None
+                or packed.spec.format != "int"
+            )
+        )
+        return
+    codes = torch.randint(-127, 128, (6, 576), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    scale = torch.rand(6, 1) + 0.5
+    (y,) = cpu.linear_int8(codes, scale, [matrix], torch.float32)
+    assert relative(y, exact_product(codes.double() * scale.double(), packed)) < 2e-6
+
+
+def test_integer_products_run_where_promised(instruction_set: str) -> None:
+    for bits in (1, 2, 4, 8):
+        matrix = cpu.describe(random_packed(4, 128, bits=bits, group_size=32))
+        assert matrix is not None and cpu.multiplies_int8(matrix)
+
+
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 700),
+    tokens=st.integers(1, 17),
+    name=st.sampled_from(sorted(FORMATS)),
+    threads=st.integers(1, 2),
+    group=st.sampled_from([1, 2, 4, 8]),
+)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_fuzzed_shapes(rows: int, columns: int, tokens: int, name: str, threads: int, group: int) -> None:
+    group_size = columns // group if columns % group == 0 else None
+    packed = random_packed(rows, columns, group_size=group_size, **FORMATS[name])
+    matrix = cpu.describe(packed)
+    assert matrix is not None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(columns))
+        (y,) = cpu.linear(x, [matrix])
+        assert torch.equal(cpu.decode_rows(matrix, slice(None), torch.float32), decode(packed))
+    finally:
+        torch.set_num_threads(before)
+    expected = exact_product(x, packed)
+    bound = (x.double().abs() @ (decode(packed).double().abs()).t()) * 1e-5 + 1e-6
+    if packed.zero_point is not None:  # the sums of the inputs are taken away after the product
+        bound = bound + x.double().abs().sum(-1, keepdim=True) * 1e-3
+    assert bool(((y.double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("name", ("int4", "int4-zero", "nf4", "float8_e4m3fn", "ternary-base3"))
+def test_a_token_that_is_not_finite_stays_so_alone(value: float, name: str, instruction_set: str) -> None:
+    packed = random_packed(16, 128, group_size=32, **FORMATS[name])
+    x = torch.ones(3, 128)
+    x[1, 7] = value
+    matrix = cpu.describe(packed)
+    assert matrix is not None
+    (y,) = cpu.linear(x, [matrix])
+    touched = decode(packed)[:, 7] != 0  # zero times infinity is left to IEEE, any value but zero is not finite
+    assert not torch.isfinite(y[1][touched]).any()
+    assert torch.isfinite(y[[0, 2]]).all()
+
+
+def test_several_matrices_in_one_call(instruction_set: str) -> None:
+    weights = [
+        random_packed(40, 256, bits=4, group_size=64),
+        random_packed(24, 256, bits=8),
+        random_packed(17, 256, bits=4, group_size=64, symmetric=False),
+        random_packed(33, 256, format="nf", bits=4, group_size=64),
+    ]
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    matrices = [cpu.describe(packed) for packed in weights]
+    together = cpu.linear(x, [matrix for matrix in matrices if matrix is not None])
+    for packed, matrix, y in zip(weights, matrices, together, strict=True):
+        assert matrix is not None
+        assert torch.equal(y, cpu.linear(x, [matrix])[0])
+        assert relative(y, exact_product(x, packed)) < 2e-6
+
+
+def test_strided_inputs_and_no_tokens() -> None:
+    packed = random_packed(12, 64, bits=4)
+    matrix = cpu.describe(packed)
+    assert matrix is not None
+    wide = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(cpu.linear(wide[:, :64], [matrix])[0], cpu.linear(wide[:, :64].contiguous(), [matrix])[0])
+    assert torch.equal(cpu.linear(wide.t()[:64].t(), [matrix])[0], cpu.linear(wide[:, :64].contiguous(), [matrix])[0])
+    assert cpu.linear(wide[:0, :64], [matrix])[0].shape == (0, 12)
+
+
+@pytest.mark.parametrize("tokens", (1, 16, 24, 25, 200))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("activation", (None, ActivationSpec("int", 8), ActivationSpec("float8_e4m3fn", 8)))
+def test_every_route_agrees_with_the_reference_backend(
+    tokens: int, dtype: torch.dtype, activation: ActivationSpec | None
+) -> None:
+    packed = random_packed(96, 256, bits=4, group_size=64)
+    x = torch.randn(2, tokens, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = packed_linear(x, packed, activation)
+    reference = packed_linear(x, packed, activation, "reference")
+    assert y.shape == reference.shape and y.dtype == dtype
+    assert relative(y, reference) < (2e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_rows_by_index() -> None:
+    packed = random_packed(50, 96, bits=3, group_size=32)
+    matrix = cpu.describe(packed)
+    assert matrix is not None
+    index = torch.tensor([49, 0, 7, 7])
+    assert torch.equal(cpu.decode_rows(matrix, index, torch.float32), decode(packed)[index])
+    with pytest.raises(IndexError, match="50 rows"):
+        cpu.decode_rows(matrix, torch.tensor([50]), torch.float32)
+    with pytest.raises(IndexError, match="50 rows"):
+        cpu.decode_rows(matrix, torch.tensor([-1]), torch.float32)
