@@ -77,7 +77,7 @@ every_config = pytest.mark.parametrize("values", CONFIGS, ids=lambda v: "-".join
         ({"low_rank": {"rank": 0}}, "low_rank.rank must be a positive integer"),
         ({"low_rank": {"metric": "diag"}}, "low_rank.metric='diag'"),
         ({"low_rank": {"keep": "fused"}}, "low_rank.keep='fused'"),
-        ({"backend": "cuda"}, "backend='cuda' is not available; available: reference"),
+        ({"backend": "cuda"}, "backend 'cuda' does not exist; there are: reference, cpu"),
         ({"num_samples": 0}, "num_samples must be a positive integer"),
         ({"sequence_length": 1.5}, "sequence_length must be a positive integer"),
         ({"seed": "now"}, "seed must be an integer"),

@@ -27,34 +27,37 @@ def products(
 ) -> list[Tensor]:
     """x times several packed matrices of the same input width; what can be shared between them is done once."""
     tokens = x.reshape(-1, x.shape[-1])
-    ways = [route(tokens, packed, activation, backend) for packed in weights]
+    matrices = [native(tokens, packed, backend) for packed in weights]
+    ways = [route(tokens, packed, matrix, activation) for packed, matrix in zip(weights, matrices, strict=True)]
     if activation is not None and any(way != "reference" for way in ways):
         codes, scale = quantize_tokens(tokens, activation)
     results: list[Tensor | None] = [None] * len(weights)
     for way in ("gemv", "int8"):  # one call of the native kernel for all that take this way
         chosen = [i for i, other in enumerate(ways) if other == way]
-        if chosen:
-            matrices = [_described(weights[i]) for i in chosen]
-            if way == "gemv":
-                computed = cpu.linear(tokens, matrices)
-            else:
-                computed = cpu.linear_int8(codes, scale, matrices, x.dtype)
-            for i, result in zip(chosen, computed, strict=True):
-                results[i] = result
-    for i, way in enumerate(ways):
+        described = [matrix for i in chosen if (matrix := matrices[i]) is not None]
+        if not chosen:
+            continue
+        if way == "gemv":
+            computed = cpu.linear(tokens, described)
+        else:
+            computed = cpu.linear_int8(codes, scale, described, x.dtype)
+        for i, result in zip(chosen, computed, strict=True):
+            results[i] = result
+    for i, (way, matrix) in enumerate(zip(ways, matrices, strict=True)):
         if way == "reference":
             results[i] = reference_product(tokens, weights[i], activation)
-        elif way == "tiles":
-            results[i] = tiled_product(tokens, _described(weights[i]))
+        elif way == "tiles" and matrix is not None:
+            results[i] = tiled_product(tokens, matrix)
         elif way == "sliced":
             results[i] = sliced_linear(codes, scale, weights[i], x.dtype).to(x.dtype)
-    return [result.reshape(*x.shape[:-1], result.shape[-1]) for result in results if result is not None]
+    leading = x.shape[:-1]
+    return [result.reshape(*leading, result.shape[-1]) for result in results if result is not None]
 
 
 def input_gradient(gradient: Tensor, packed: PackedTensor, backend: str | None) -> Tensor:
     """Gradient ``[..., rows]`` of a product to that of its input, ``[..., columns]``."""
     tokens = gradient.reshape(-1, gradient.shape[-1])
-    matrix = None if backend == "reference" else native(tokens, packed)
+    matrix = native(tokens, packed, backend)
     result = tokens @ decode(packed, gradient.dtype) if matrix is None else tiled_gradient(tokens, matrix)
     return result.reshape(*gradient.shape[:-1], result.shape[-1])
 
@@ -77,9 +80,3 @@ def look_up_rows(packed: PackedTensor, index: Tensor, dtype: torch.dtype, backen
 
 def _native(packed: PackedTensor) -> cpu.Matrix | None:
     return cpu.describe(packed) if cpu.available() else None
-
-
-def _described(packed: PackedTensor) -> cpu.Matrix:
-    matrix = cpu.describe(packed)
-    assert matrix is not None  # its route says so
-    return matrix

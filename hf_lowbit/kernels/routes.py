@@ -19,30 +19,25 @@ from hf_lowbit.kernels import cpu
 
 BACKENDS = ("reference", "cpu")
 
-# The most tokens for which decoding in registers beats decoding into a tile, by whether torch's own products are fast
-# in the input's type on this processor.
-GEMV_TOKENS = 24
+# The most tokens for which decoding in registers beats decoding into a tile, by whether this processor has a matrix
+# unit for the input's type. Integer inputs always take the native kernel: unpacking with torch costs more than it.
+GEMV_TOKENS = 32
 GEMV_TOKENS_MATRIX_UNIT = 12
-INT8_TOKENS = 64
-INT8_TOKENS_DOT_UNIT = 16
 
 
-def route(x: Tensor, packed: PackedTensor, activation: ActivationSpec | None, backend: str | None) -> str:
-    """The way for x ``[tokens, columns]``: one of those above."""
-    matrix = None if backend == "reference" else native(x, packed)
+def route(x: Tensor, packed: PackedTensor, matrix: cpu.Matrix | None, activation: ActivationSpec | None) -> str:
+    """The way for x ``[tokens, columns]`` and a weight whose native view is ``matrix``: one of those above."""
     if matrix is None:
         return "reference"
-    tokens = x.shape[0]
     if activation is None:
-        return "gemv" if tokens <= (GEMV_TOKENS_MATRIX_UNIT if multiplies_fast(x.dtype) else GEMV_TOKENS) else "tiles"
-    if activation.format != "int" or not cpu.multiplies_int8(matrix):
-        return "sliced"
-    return "int8" if tokens <= (INT8_TOKENS_DOT_UNIT if has_int8_dot() else INT8_TOKENS) else "sliced"
+        most = GEMV_TOKENS_MATRIX_UNIT if has_matrix_unit(x.dtype) else GEMV_TOKENS
+        return "gemv" if x.shape[0] <= most else "tiles"
+    return "int8" if activation.format == "int" and cpu.multiplies_int8(matrix) else "sliced"
 
 
-def native(x: Tensor, packed: PackedTensor) -> cpu.Matrix | None:
+def native(x: Tensor, packed: PackedTensor, backend: str | None) -> cpu.Matrix | None:
     """The native view of a weight if the native kernels can take this product; else None."""
-    if x.device.type != "cpu" or x.dtype not in cpu.FLOAT_TYPES or not cpu.available():
+    if backend == "reference" or x.device.type != "cpu" or x.dtype not in cpu.FLOAT_TYPES or not cpu.available():
         return None
     return cpu.describe(packed)
 
@@ -64,6 +59,12 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
         return True
     capabilities = _capabilities()
     return dtype == torch.bfloat16 and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@cache
+def has_matrix_unit(dtype: torch.dtype) -> bool:
+    """Whether products of many tokens in the type take a fraction of float32's time here."""
+    return dtype == torch.bfloat16 and multiplies_fast(dtype)
 
 
 @cache

@@ -96,10 +96,11 @@ class PackedModule(nn.Module):
 
     def packed(self, name: str = "weight") -> PackedTensor:
         """The parameter's codes and companions."""
-        columns = self.matrix_shape(name)[1]
-        zero_point, table = getattr(self, f"{name}_zero_point", None), getattr(self, f"{name}_table", None)
-        scale = getattr(self, f"{name}_scale")
-        return PackedTensor(getattr(self, name), scale, self.layer_spec.weight, columns, zero_point, table)
+        stored = self._parameters  # its own attribute lookup costs as much as a small product
+        weight, scale = stored[name], stored[f"{name}_scale"]
+        assert weight is not None and scale is not None
+        zero_point, table = stored.get(f"{name}_zero_point"), stored.get(f"{name}_table")
+        return PackedTensor(weight, scale, self.layer_spec.weight, self.matrix_shape(name)[1], zero_point, table)
 
     @torch.no_grad()
     def set_packed(self, name: str, packed: PackedTensor) -> None:

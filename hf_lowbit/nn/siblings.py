@@ -37,7 +37,7 @@ class Siblings:
         self._parent, self._names = weakref.ref(parent), names
         self._input: Tensor | None = None
         self._version = 0
-        self._results: dict[str, Tensor] = {}
+        self._results: dict[int, Tensor] = {}  # by the identity of the member it is for
         self.active = True
 
     def take(self, member: PackedLinear, x: Tensor) -> Tensor | None:
@@ -47,8 +47,7 @@ class Siblings:
         is_new = self._input is not x or self._version != x._version
         if is_new and not self._compute(x):
             return None
-        name = next((name for name in self._results if self._member(name) is member), None)
-        result = None if name is None else self._results.pop(name)
+        result = self._results.pop(id(member), None)
         if not self._results:
             self._input = None
         return result
@@ -58,18 +57,16 @@ class Siblings:
         if self._results:  # somebody did not come for the last ones
             self.active, self._results, self._input = False, {}, None
             return False
-        members = [self._member(name) for name in self._names]
-        if not all(_is_untouched(member) for member in members):
+        parent = self._parent()
+        members = [] if parent is None else [parent._modules.get(name) for name in self._names]
+        if not members or not all(_is_untouched(member) for member in members):
             return False
-        first = members[0]
-        weights = [member.packed() for member in members]
+        first: Any = members[0]
+        weights = [member.packed() for member in members if member is not None]  # type: ignore[operator]
         results = packed_linears(x, weights, first.layer_spec.activation, first.backend)
         self._input, self._version = x, x._version
-        self._results = dict(zip(self._names, results, strict=True))
+        self._results = {id(member): result for member, result in zip(members, results, strict=True)}
         return True
-
-    def _member(self, name: str) -> Any:
-        return getattr(self._parent(), name, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -117,7 +114,7 @@ def _is_suitable(x: Tensor) -> bool:
 
 def _is_untouched(module: Any) -> bool:
     """False for what an adapter has wrapped, a hook listens to, or offloading has taken the forward of."""
-    if not _is_linear(module):
+    if getattr(type(module), "kind", None) != "linear":
         return False
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     return not hooks and "forward" not in module.__dict__

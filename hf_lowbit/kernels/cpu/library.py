@@ -7,6 +7,7 @@ import logging
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,18 @@ logger = logging.getLogger("hf_lowbit")
 
 _FOLDER = Path(__file__).parent
 _DISABLE = "HF_LOWBIT_NO_NATIVE"
-_ABI_SYMBOLS = ("hfl_linear", "hfl_linear_int8", "hfl_decode", "hfl_read", "hfl_use", "hfl_instruction_sets")
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+# Of lowbit.h: result, then arguments.
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "hfl_set_runner": (None, _POINTER),
+    "hfl_instruction_sets": (ctypes.c_char_p,),
+    "hfl_use": (_INT, ctypes.c_char_p),
+    "hfl_linear": (_INT, _POINTER, _INT, _POINTER, _INT, _LONG, _LONG, _POINTER, _INT),
+    "hfl_linear_int8": (_INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT, _POINTER, _INT),
+    "hfl_multiplies_int8": (_INT, _POINTER),
+    "hfl_decode": (_INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT, _INT),
+    "hfl_read": (ctypes.c_uint64, _POINTER, _LONG, _INT),
+}
 
 
 @cache
@@ -27,12 +39,13 @@ def load() -> ctypes.CDLL | None:
         return _without("it was not built; reinstall hf_lowbit where a C++17 compiler is found")
     try:
         library = ctypes.CDLL(str(paths[0]))
-        for symbol in _ABI_SYMBOLS:
+        for symbol in _SIGNATURES:
             getattr(library, symbol)
     except (OSError, AttributeError) as error:
         return _without(f"{paths[0].name} cannot be loaded: {error}")
-    library.hfl_instruction_sets.restype = ctypes.c_char_p
-    library.hfl_read.restype = ctypes.c_uint64
+    for name, (result, *arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     if runner := _torch_runner():
         library.hfl_set_runner(runner)
     else:

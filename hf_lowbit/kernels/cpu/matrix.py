@@ -56,7 +56,6 @@ class Matrix:
             integer_offset=decoder.offset,
             minifloat_factor=decoder.factor,
         )
-        self.pointer = ctypes.pointer(self.struct)
         self.address = ctypes.addressof(self.struct)
 
 

@@ -26,10 +26,10 @@ def linear(x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
     status = _library().hfl_linear(
         _addresses([matrix.address for matrix in matrices]),
         count,
-        ctypes.c_void_p(x.data_ptr()),
+        x.data_ptr(),
         FLOAT_TYPES[x.dtype],
-        ctypes.c_int64(m),
-        ctypes.c_int64(x.stride(0)),
+        m,
+        x.stride(0),
         _addresses([result.data_ptr() for result in results]),
         torch.get_num_threads(),
     )
@@ -48,9 +48,9 @@ def linear_int8(codes: Tensor, scale: Tensor, matrices: Sequence[Matrix], dtype:
     status = _library().hfl_linear_int8(
         _addresses([matrix.address for matrix in matrices]),
         len(matrices),
-        ctypes.c_void_p(codes.data_ptr()),
-        ctypes.c_void_p(scale.data_ptr()),
-        ctypes.c_int64(m),
+        codes.data_ptr(),
+        scale.data_ptr(),
+        m,
         FLOAT_TYPES[dtype],
         _addresses([result.data_ptr() for result in results]),
         torch.get_num_threads(),
@@ -61,7 +61,7 @@ def linear_int8(codes: Tensor, scale: Tensor, matrices: Sequence[Matrix], dtype:
 
 def multiplies_int8(matrix: Matrix) -> bool:
     """Whether :func:`linear_int8` takes this matrix: integer table, codes that do not cross bytes, fitting groups."""
-    return bool(_library().hfl_multiplies_int8(matrix.pointer))
+    return bool(_library().hfl_multiplies_int8(matrix.address))
 
 
 def decode_rows(matrix: Matrix, rows: slice | Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -80,11 +80,11 @@ def decode_rows(matrix: Matrix, rows: slice | Tensor, dtype: torch.dtype, out: T
     if out is None:
         out = torch.empty(n, matrix.columns, dtype=dtype)
     status = _library().hfl_decode(
-        matrix.pointer,
-        None if index is None else ctypes.c_void_p(index.data_ptr()),
-        ctypes.c_int64(start),
-        ctypes.c_int64(n),
-        ctypes.c_void_p(out.data_ptr()),
+        matrix.address,
+        None if index is None else index.data_ptr(),
+        start,
+        n,
+        out.data_ptr(),
         FLOAT_TYPES[dtype],
         torch.get_num_threads(),
     )
@@ -97,7 +97,7 @@ def decode_rows(matrix: Matrix, rows: slice | Tensor, dtype: torch.dtype, out: T
 def read_bytes(tensor: Tensor) -> int:
     """Reads all of a contiguous CPU tensor once, on torch's threads; the sum is only there to be used."""
     size = tensor.numel() * tensor.element_size()
-    total: int = _library().hfl_read(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(size), torch.get_num_threads())
+    total: int = _library().hfl_read(tensor.data_ptr(), size, torch.get_num_threads())
     return total
 
 
