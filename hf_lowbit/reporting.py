@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hf_lowbit.kernels import multiplies_integers
+from hf_lowbit.kernels import kernel_of, multiplies_integers
 from hf_lowbit.nn import LayerSpec, PackedModule
 
 REPORT_FILE = "lowbit_report.json"
@@ -25,6 +26,7 @@ class LayerReport:
         format, bits, group_size, symmetric, low_rank: what it was packed to.
         activation: format of its quantized input, or None.
         arithmetic: how it multiplies: "decoded", "int8" or "float (decoded)".
+        kernel: what multiplies a few tokens with it on this machine: "cpu", "cpu, row by row" (slower) or "torch".
         elements: weights in it; 0 for a parameter that shares another's storage.
         packed_bytes: codes, scales, zero points, tables and low-rank factors.
         error: ||w - w_hat|| / ||w||, low-rank branch included; None where it was not measured (a reloaded model
@@ -43,6 +45,7 @@ class LayerReport:
     packed_bytes: int
     activation: str | None = None
     low_rank: int = 0
+    kernel: str = "torch"
     error: float | None = None
     tied_to: str | None = None
 
@@ -66,7 +69,7 @@ class Report:
         seconds: time to quantize; None for a reloaded model without its report.
         peak_memory_bytes: high-water mark of the process' resident memory when quantization ended.
         evaluation: measured quality, if somebody measured it.
-        backend: kernel backend in use.
+        backend: kernels in use on this machine, the most frequent first: see :attr:`LayerReport.kernel`.
     """
 
     method: str
@@ -78,7 +81,7 @@ class Report:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
-    backend: str = "reference"
+    backend: str = "torch"
 
     @property
     def packed_bytes(self) -> int:
@@ -134,7 +137,9 @@ def describe(model: nn.Module, method: str) -> Report:
             packed_ids.update(id(getattr(module, key)) for key in module.companion_shapes(parameter))
     others = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in packed_ids}
     other_bytes = sum(tensor.numel() * tensor.element_size() for tensor in others.values())
-    return Report(method, layers, other_bytes=other_bytes)
+    kernels = Counter(layer.kernel for layer in layers)
+    backend = " + ".join(name for name, _ in kernels.most_common()) or "torch"
+    return Report(method, layers, other_bytes=other_bytes, backend=backend)
 
 
 def arithmetic_of(spec: LayerSpec) -> str:
@@ -176,6 +181,7 @@ def _describe_parameter(name: str, module: PackedModule, parameter: str, seen: d
         packed_bytes=0 if shared else sum(tensor.numel() * tensor.element_size() for tensor in stored),
         activation=None if spec.activation is None else f"{spec.activation.format} {spec.activation.bits} bits",
         low_rank=spec.low_rank,
+        kernel=kernel_of(module.packed(parameter), module.backend),
         tied_to=owner if shared else None,
     )
 

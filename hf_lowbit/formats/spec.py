@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -34,6 +35,7 @@ class WeightSpec:
         symmetric: False adds a zero point per scale, w = scale * (table[code] - zero_point).
         scale_dtype: bfloat16, float16 or float32; stored as its integer bit pattern.
         packing: "dense", or "base3" (five per byte) for ternary.
+        json: :meth:`to_dict` as text, made once: traced code cannot make it.
     """
 
     format: str = "int"
@@ -44,6 +46,7 @@ class WeightSpec:
     packing: str = "dense"
     exponent: float | None = None
     codebook: tuple[float, ...] | None = None
+    json: ClassVar[str]  # of each instance; not a field
 
     def __post_init__(self) -> None:
         self._check_parameters()
@@ -74,6 +77,7 @@ class WeightSpec:
                 get_format(self.format, self.bits, self.exponent, self.codebook)
             except ValueError as error:
                 raise SpecError(str(error)) from None
+        object.__setattr__(self, "json", json.dumps(self.to_dict()))
 
     def _check_parameters(self) -> None:
         """Exponent and codebook: of the right type, and given to the format that has them only."""
@@ -154,6 +158,7 @@ class ActivationSpec:
 
     format: str = "int"
     bits: int = 8
+    json: ClassVar[str]  # of each instance: to_dict as text, made once
 
     def __post_init__(self) -> None:
         allowed = (("int", 4), ("int", 6), ("int", 8), ("float8_e4m3fn", 8))
@@ -162,6 +167,7 @@ class ActivationSpec:
                 "activations are quantized to format 'int' with 4, 6 or 8 bits or to 'float8_e4m3fn', "
                 f"not to {self.format!r} with {self.bits} bits"
             )
+        object.__setattr__(self, "json", json.dumps(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

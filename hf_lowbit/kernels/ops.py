@@ -25,7 +25,7 @@ _library.define(f"rows({_PACKED}, Tensor index, ScalarType dtype, str? backend) 
 
 def packed_linear(x: Tensor, packed: PackedTensor, activation: ActivationSpec | None, backend: str | None) -> Tensor:
     """:func:`hf_lowbit.kernels.packed_linear` as an operator."""
-    told = None if activation is None else _to_json(activation)
+    told = None if activation is None else activation.json
     result: Tensor = torch.ops.hf_lowbit.linear(x, *_arguments(packed), told, backend)
     return result
 
@@ -43,11 +43,7 @@ def look_up_rows(packed: PackedTensor, index: Tensor, dtype: torch.dtype, backen
 
 
 def _arguments(packed: PackedTensor) -> tuple[Any, ...]:
-    return packed.weight, packed.scale, packed.zero_point, packed.table, _to_json(packed.spec), packed.columns
-
-
-def _to_json(spec: WeightSpec | ActivationSpec) -> str:
-    return json.dumps(spec.to_dict())
+    return packed.weight, packed.scale, packed.zero_point, packed.table, packed.spec.json, packed.columns
 
 
 @lru_cache(maxsize=1024)

@@ -42,6 +42,25 @@ def native(x: Tensor, packed: PackedTensor, backend: str | None) -> cpu.Matrix |
     return cpu.describe(packed)
 
 
+def kernel_of(packed: PackedTensor, backend: str | None) -> str:
+    """Which kernel multiplies few tokens with this weight where it lies now: for reports.
+
+    "torch"; "cpu"; or "cpu, row by row" for layouts that the native kernel decodes before it multiplies, at several
+    times the cost: base 3, and groups that are no multiple of 32.
+    """
+    first = (
+        PackedTensor(packed.weight[0], packed.scale[0], packed.spec, packed.columns) if _is_stack(packed) else packed
+    )
+    matrix = None if backend == "reference" or not cpu.available() else cpu.describe(first)
+    if matrix is None:
+        return "torch"
+    return "cpu" if cpu.multiplies_in_registers(matrix) else "cpu, row by row"
+
+
+def _is_stack(packed: PackedTensor) -> bool:
+    return packed.weight.dim() > 2
+
+
 def why_not(backend: str | None) -> str | None:
     """Why a forced backend does not run here, naming what does; None if it does."""
     if backend is None or backend == "reference":

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 import hf_lowbit
-from hf_lowbit.nn import KINDS, kind_of, refusal_of
+from hf_lowbit.nn import KINDS, disconnect_siblings, kind_of, refusal_of
 from hf_lowbit.plan import packed_modules
 from tests.matrix.conftest import Artefact
 from tests.matrix.models import TinyModel, fingerprint
@@ -31,6 +31,23 @@ def test_saves_and_reloads_bit_equal(method: Any, tiny: TinyModel, artefact: Mak
     reloaded = tiny.load(saved.folder)
     assert fingerprint(reloaded) == saved.tensors
     assert torch.equal(tiny.run(reloaded), saved.output)
+
+
+def test_siblings_change_no_bit_and_no_name(method: Any, tiny: TinyModel, artefact: Make) -> None:
+    saved = artefact(method, tiny)
+    alone = tiny.load(saved.folder)
+    disconnect_siblings(alone)
+    assert torch.equal(tiny.run(alone), saved.output)
+    assert fingerprint(alone) == saved.tensors
+
+
+def test_the_reference_backend_agrees(method: Any, tiny: TinyModel, artefact: Make) -> None:
+    saved = artefact(method, tiny)
+    reference = tiny.load(saved.folder)
+    for module in packed_modules(reference).values():
+        module.backend = "reference"
+    difference = (tiny.run(reference).double() - saved.output.double()).norm() / saved.output.double().norm()
+    assert difference < 0.02  # bfloat16 activations: the kernels differ in the order of sums
 
 
 def test_a_reload_saves_the_same_again(method: Any, tiny: TinyModel, artefact: Make, tmp_path: Path) -> None:

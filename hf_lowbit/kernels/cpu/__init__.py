@@ -2,7 +2,14 @@
 
 from hf_lowbit.kernels.cpu.library import available, instruction_sets, unavailable_because, use_instruction_set
 from hf_lowbit.kernels.cpu.matrix import Matrix, describe
-from hf_lowbit.kernels.cpu.products import FLOAT_TYPES, decode_rows, linear, linear_int8, multiplies_int8
+from hf_lowbit.kernels.cpu.products import (
+    FLOAT_TYPES,
+    decode_rows,
+    linear,
+    linear_int8,
+    multiplies_in_registers,
+    multiplies_int8,
+)
 
 __all__ = [
     "FLOAT_TYPES",
@@ -13,6 +20,7 @@ __all__ = [
     "instruction_sets",
     "linear",
     "linear_int8",
+    "multiplies_in_registers",
     "multiplies_int8",
     "unavailable_because",
     "use_instruction_set",

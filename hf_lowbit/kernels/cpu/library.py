@@ -24,6 +24,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "hfl_linear": (_INT, _POINTER, _INT, _POINTER, _INT, _LONG, _LONG, _POINTER, _INT),
     "hfl_linear_int8": (_INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT, _POINTER, _INT),
     "hfl_multiplies_int8": (_INT, _POINTER),
+    "hfl_multiplies_in_registers": (_INT, _POINTER),
     "hfl_decode": (_INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT, _INT),
     "hfl_read": (ctypes.c_uint64, _POINTER, _LONG, _INT),
 }
@@ -33,16 +34,19 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 def load() -> ctypes.CDLL | None:
     """The library, or None where it was not built, cannot be opened, or ``HF_LOWBIT_NO_NATIVE`` is set: said once."""
     if os.environ.get(_DISABLE):
-        return _without(f"{_DISABLE} is set")
+        _do_without(f"{_DISABLE} is set")
+        return None
     paths = sorted(_FOLDER.glob("_lowbit.*so")) + sorted(_FOLDER.glob("_lowbit*.pyd"))
     if not paths:
-        return _without("it was not built; reinstall hf_lowbit where a C++17 compiler is found")
+        _do_without("it was not built; reinstall hf_lowbit where a C++17 compiler is found")
+        return None
     try:
         library = ctypes.CDLL(str(paths[0]))
         for symbol in _SIGNATURES:
             getattr(library, symbol)
     except (OSError, AttributeError) as error:
-        return _without(f"{paths[0].name} cannot be loaded: {error}")
+        _do_without(f"{paths[0].name} cannot be loaded: {error}")
+        return None
     for name, (result, *arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -85,7 +89,7 @@ def use_instruction_set(name: str | None) -> None:
 _reason: str | None = None
 
 
-def _without(reason: str) -> None:
+def _do_without(reason: str) -> None:
     global _reason
     _reason = reason
     logger.warning("hf_lowbit's native CPU kernels are not used: %s. Products go through torch, slower.", reason)

@@ -64,6 +64,11 @@ def multiplies_int8(matrix: Matrix) -> bool:
     return bool(_library().hfl_multiplies_int8(matrix.address))
 
 
+def multiplies_in_registers(matrix: Matrix) -> bool:
+    """Whether :func:`linear` decodes this layout in registers, or a row at a time, several times slower."""
+    return bool(_library().hfl_multiplies_in_registers(matrix.address))
+
+
 def decode_rows(matrix: Matrix, rows: slice | Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Decoded rows ``[n, columns]``, equal to the torch reference to the last bit; into ``out`` if it is given.
 

@@ -11,8 +11,11 @@ namespace {
 
 // Best first.
 const Kernels* const all_kernels[] = {
+#if defined(HFL_X86) && !defined(HFL_NO_AVX512)
+    &avx512_kernels,
+#endif
 #if defined(HFL_X86)
-    &avx512_kernels, &avx2_kernels,
+    &avx2_kernels,
 #endif
     &plain_kernels};
 
@@ -75,6 +78,10 @@ int hfl_linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* 
 }
 
 int hfl_multiplies_int8(const hfl_matrix* matrix) { return is_valid(matrix) && chosen->multiplies_int8(matrix); }
+
+int hfl_multiplies_in_registers(const hfl_matrix* matrix) {
+    return is_valid(matrix) && chosen->multiplies_in_registers(matrix);
+}
 
 int hfl_decode(const hfl_matrix* matrix, const int64_t* index, int64_t first, int64_t n, void* out, int type,
                int threads) {

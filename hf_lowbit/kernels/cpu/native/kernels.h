@@ -8,6 +8,7 @@ struct Kernels {
     int (*linear)(const hfl_matrix* const*, int, const void*, int, int64_t, int64_t, void* const*, int);
     int (*linear_int8)(const hfl_matrix* const*, int, const int8_t*, const float*, int64_t, int, void* const*, int);
     int (*multiplies_int8)(const hfl_matrix*);
+    int (*multiplies_in_registers)(const hfl_matrix*);
     void (*decode)(const hfl_matrix*, const int64_t*, int64_t, int64_t, void*, int, int);
 };
 

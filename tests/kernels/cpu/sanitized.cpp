@@ -1,0 +1,126 @@
+// Runs every kernel of the library over odd shapes, for the address and undefined-behaviour sanitizers to watch: all
+// arrays are allocated to the byte, so that reading past any end is seen. Checks the sums against plain loops too.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "lowbit.h"
+
+namespace {
+
+std::mt19937 random_bits(0);
+
+void run_on_threads(void (*fn)(void*), void* data, unsigned threads, unsigned) {
+    std::vector<std::thread> others;
+    for (unsigned i = 1; i < threads; i++) others.emplace_back(fn, data);
+    fn(data);
+    for (std::thread& other : others) other.join();
+}
+
+struct Packed {
+    hfl_matrix matrix{};
+    std::vector<uint32_t> codes, packed_zeros;
+    std::vector<float> scales, zeros, table;
+
+    Packed(int64_t rows, int64_t columns, int64_t groups, int bits, int packing, int zero_kind, int decoder) {
+        const int64_t words = packing == HFL_BASE3 ? ((columns + 4) / 5 + 3) / 4 : (columns * bits + 31) / 32;
+        codes.resize(static_cast<size_t>(rows * words));
+        for (uint32_t& word : codes) word = packing == HFL_BASE3 ? 0 : static_cast<uint32_t>(random_bits());
+        scales.assign(static_cast<size_t>(rows * groups), 0.5f);
+        zeros.assign(static_cast<size_t>(rows * groups), 1.0f);
+        packed_zeros.resize(static_cast<size_t>(rows * ((groups * bits + 31) / 32)));
+        for (uint32_t& word : packed_zeros) word = static_cast<uint32_t>(random_bits());
+        for (int c = 0; c < (1 << bits); c++) table.push_back(static_cast<float>(c - (1 << (bits - 1))));
+        matrix.codes = codes.data();
+        matrix.scales = scales.data();
+        matrix.zeros = zero_kind == HFL_REAL_ZERO ? static_cast<const void*>(zeros.data()) : packed_zeros.data();
+        matrix.table = table.data();
+        matrix.rows = rows, matrix.columns = columns, matrix.words = words, matrix.groups = groups;
+        matrix.bits = bits, matrix.packing = packing, matrix.decoder = decoder, matrix.scale_type = HFL_FLOAT32;
+        matrix.zero_kind = zero_kind, matrix.integer_multiplier = 1;
+        matrix.integer_offset = -static_cast<float>(1 << (bits - 1));
+    }
+};
+
+int failures = 0;
+
+void expect(bool condition, const char* what, const hfl_matrix& w) {
+    if (condition) return;
+    failures++;
+    std::printf("%s: %d bits, %lld x %lld, %lld groups\n", what, w.bits, static_cast<long long>(w.rows),
+                static_cast<long long>(w.columns), static_cast<long long>(w.groups));
+}
+
+void check(const hfl_matrix& w, int64_t m, int threads) {
+    const size_t rows = static_cast<size_t>(w.rows), columns = static_cast<size_t>(w.columns), n = static_cast<size_t>(m);
+    std::vector<float> decoded(rows * columns), x(n * columns), y(n * rows);
+    expect(hfl_decode(&w, nullptr, 0, w.rows, decoded.data(), HFL_FLOAT32, threads) == 0, "decode", w);
+    std::vector<int8_t> codes(x.size());
+    for (size_t i = 0; i < x.size(); i++) x[i] = codes[i] = static_cast<int8_t>(random_bits() % 255 - 127);
+    const std::vector<float> ones(n, 1.0f);
+    const hfl_matrix* matrices[] = {&w, &w};
+    std::vector<float> again(y.size());
+    void* results[] = {y.data(), again.data()};
+    auto compare = [&](const char* what) {
+        for (size_t i = 0; i < n; i++)
+            for (size_t r = 0; r < rows; r++) {
+                double sum = 0, size = 0;
+                for (size_t k = 0; k < columns; k++) {
+                    sum += double(x[i * columns + k]) * decoded[r * columns + k];
+                    size += std::fabs(double(x[i * columns + k]) * decoded[r * columns + k]) + std::fabs(x[i * columns + k]) * 256;
+                }
+                if (std::fabs(y[i * rows + r] - sum) > 1e-6 * size + 1e-6 || y[i * rows + r] != again[i * rows + r])
+                    return expect(false, what, w);
+            }
+    };
+    expect(hfl_linear(matrices, 2, x.data(), HFL_FLOAT32, m, w.columns, results, threads) == 0, "linear", w);
+    compare("linear");
+    if (hfl_multiplies_int8(&w)) {
+        expect(hfl_linear_int8(matrices, 2, codes.data(), ones.data(), m, HFL_FLOAT32, results, threads) == 0, "int8", w);
+        compare("int8");
+    }
+    std::vector<uint16_t> half(2 * columns);
+    for (int type : {HFL_BFLOAT16, HFL_FLOAT16}) {
+        const int64_t index[] = {w.rows - 1, 0};
+        expect(hfl_decode(&w, index, 0, 2, half.data(), type, 1) == 0, "decode by index", w);
+    }
+    const int64_t beyond[] = {w.rows};
+    expect(hfl_decode(&w, beyond, 0, 1, decoded.data(), HFL_FLOAT32, 1) == -1, "an index out of range", w);
+    hfl_matrix broken = w;
+    broken.words++;
+    expect(hfl_decode(&broken, nullptr, 0, 1, decoded.data(), HFL_FLOAT32, 1) == -1, "a broken description", w);
+}
+
+}  // namespace
+
+int main() {
+    hfl_set_runner(run_on_threads);
+    std::string names = hfl_instruction_sets();
+    for (size_t at = 0; at < names.size();) {
+        const size_t end = std::min(names.find(',', at), names.size());
+        const std::string name = names.substr(at, end - at);
+        if (hfl_use(name.c_str())) return std::printf("cannot use %s\n", name.c_str()), 1;
+        for (int bits = 1; bits <= 8; bits++)
+            for (int zero : {HFL_NO_ZERO, HFL_REAL_ZERO, HFL_PACKED_ZERO})
+                for (int decoder : {HFL_TABLE, HFL_INTEGER})
+                    for (int64_t columns : {1, 31, 96, 192, 577, 1024})
+                        for (int64_t group : {columns, int64_t(32), int64_t(24)})
+                            if (columns % group == 0)
+                                for (int64_t rows : {1, 19})
+                                    check(Packed(rows, columns, columns / group, bits, HFL_DENSE, zero, decoder).matrix,
+                                          rows == 1 ? 5 : 13, rows == 1 ? 1 : 2);
+        for (int64_t columns : {1, 21, 160}) check(Packed(7, columns, 1, 2, HFL_BASE3, HFL_NO_ZERO, HFL_TABLE).matrix, 3, 2);
+        const Packed large(512, 4096, 64, 4, HFL_DENSE, HFL_NO_ZERO, HFL_INTEGER);  // enough work for several pieces
+        check(large.matrix, 4, 2);
+        std::printf("%s: done\n", name.c_str());
+        at = end + 1;
+    }
+    std::vector<char> bytes(1000003);
+    hfl_read(bytes.data(), static_cast<int64_t>(bytes.size()), 2);
+    return failures != 0;
+}

@@ -1,0 +1,50 @@
+"""The kernels under the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hf_lowbit.kernels import cpu
+from hf_lowbit.kernels.cpu import library
+
+NATIVE = Path(library.__file__).parent / "native"
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{NATIVE}"]
+# As setup.py has them.
+X86 = {
+    "avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+    "avx512.cpp": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni", "-mavx512bf16"),
+        *("-mfma", "-mf16c", "-mbmi2"),
+    ],
+}
+
+
+@pytest.mark.slow
+def test_no_byte_out_of_place(tmp_path: Path) -> None:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    assert compiler, "a C++ compiler with sanitizers is needed"
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    sources = {"api.cpp": [], "plain.cpp": [], **(X86 if is_x86 else {})}
+    sources = {
+        name: flags for name, flags in sources.items() if name != "avx512.cpp" or "avx512" in cpu.instruction_sets()
+    }
+    defines = ["-DHFL_X86"] if len(sources) == 4 else ["-DHFL_X86", "-DHFL_NO_AVX512"] if is_x86 else []
+    jobs = []
+    for name, flags in sources.items():
+        command = [compiler, *FLAGS, *defines, *flags, "-c", str(NATIVE / name), "-o", str(tmp_path / f"{name}.o")]
+        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for job in jobs:
+        _, errors = job.communicate()
+        assert job.returncode == 0, errors[-3000:]
+    program = tmp_path / "sanitized"
+    objects = [str(tmp_path / f"{name}.o") for name in sources]
+    test = str(Path(__file__).parent / "sanitized.cpp")
+    subprocess.run([compiler, *FLAGS, test, *objects, "-pthread", "-o", str(program)], check=True)
+    result = subprocess.run([str(program)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    assert result.stdout.count("done") == len(sources) - 1
