@@ -28,7 +28,7 @@ def products(
     """x times several packed matrices of the same input width; what can be shared between them is done once."""
     tokens = x.reshape(-1, x.shape[-1])
     matrices = [native(tokens, packed, backend) for packed in weights]
-    ways = [route(tokens, packed, matrix, activation) for packed, matrix in zip(weights, matrices, strict=True)]
+    ways = [route(tokens, matrix, activation) for matrix in matrices]
     if activation is not None and any(way != "reference" for way in ways):
         codes, scale = quantize_tokens(tokens, activation)
     results: list[Tensor | None] = [None] * len(weights)

@@ -1,4 +1,4 @@
-"""Which way a product takes: the one table of crossovers, as measured by benchmarks/crossovers.py.
+"""Which way a product takes: the one table of crossovers, as benchmarks/crossovers.py measures them.
 
 - reference: decode everything with torch, multiply with torch;
 - gemv: the native kernel, which decodes codes in registers; reads them once per four or eight tokens;
@@ -25,7 +25,7 @@ GEMV_TOKENS = 32
 GEMV_TOKENS_MATRIX_UNIT = 12
 
 
-def route(x: Tensor, packed: PackedTensor, matrix: cpu.Matrix | None, activation: ActivationSpec | None) -> str:
+def route(x: Tensor, matrix: cpu.Matrix | None, activation: ActivationSpec | None) -> str:
     """The way for x ``[tokens, columns]`` and a weight whose native view is ``matrix``: one of those above."""
     if matrix is None:
         return "reference"
