@@ -77,6 +77,7 @@ def describe(packed: PackedTensor) -> Matrix | None:
         0 if zero_point is None else zero_point.data_ptr(),
         0 if table is None else table.data_ptr(),
         weight.shape[0],
+        scale.shape[0],
         packed.columns,
         id(packed.spec),  # alive as long as the description that holds it
     )
