@@ -8,6 +8,7 @@ The native CPU kernels are plain C++17 without torch or Python headers, one file
 own. Where they cannot be built (no compiler, an unknown one) the package installs without them.
 """
 
+import json
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOTS = {".": ["hf_lowbit", "hf_lowbit.*"], "plugins": ["hf_lowbit_*", "optimum", "optimum.*"]}
 NATIVE = Path("hf_lowbit/kernels/cpu/native")
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
-X86_FLAGS = {
-    "avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
-    "avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni", "-mavx512bf16"),
-        *("-mfma", "-mf16c", "-mbmi2", "-mprefer-vector-width=512"),
-    ],
-}
+X86_FLAGS = json.loads((NATIVE / "x86_flags.json").read_text())  # source -> flags of its instruction set
 
 
 class BuildNative(build_ext):
@@ -59,7 +54,7 @@ setup(
         Extension(
             "hf_lowbit.kernels.cpu._lowbit",
             sources=sorted(map(str, NATIVE.glob("*.cpp"))),
-            depends=sorted(map(str, NATIVE.glob("*.[hi]*"))),
+            depends=sorted(str(path) for path in NATIVE.iterdir() if path.suffix in (".h", ".inc", ".json")),
             language="c++",
             optional=True,
         )

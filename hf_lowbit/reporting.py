@@ -26,7 +26,8 @@ class LayerReport:
         format, bits, group_size, symmetric, low_rank: what it was packed to.
         activation: format of its quantized input, or None.
         arithmetic: how it multiplies: "decoded", "int8" or "float (decoded)".
-        kernel: what multiplies a few tokens with it on this machine: "cpu", "cpu, row by row" (slower) or "torch".
+        kernel: what multiplies (convolutions: decodes) it for a few tokens on this machine: "cpu", "cpu, row by row"
+            (slower) or "torch".
         elements: weights in it; 0 for a parameter that shares another's storage.
         packed_bytes: codes, scales, zero points, tables and low-rank factors.
         error: ||w - w_hat|| / ||w||, low-rank branch included; None where it was not measured (a reloaded model
@@ -181,7 +182,7 @@ def _describe_parameter(name: str, module: PackedModule, parameter: str, seen: d
         packed_bytes=0 if shared else sum(tensor.numel() * tensor.element_size() for tensor in stored),
         activation=None if spec.activation is None else f"{spec.activation.format} {spec.activation.bits} bits",
         low_rank=spec.low_rank,
-        kernel=kernel_of(module.packed(parameter), module.backend),
+        kernel=kernel_of(module.packed(parameter), spec.activation, module.backend),
         tied_to=owner if shared else None,
     )
 

@@ -27,7 +27,7 @@ def products(
 ) -> list[Tensor]:
     """x times several packed matrices of the same input width; what can be shared between them is done once."""
     tokens = x.reshape(-1, x.shape[-1])
-    matrices = [native(tokens, packed, backend) for packed in weights]
+    matrices = [native(packed, x.device, x.dtype, backend) for packed in weights]
     ways = [route(tokens, matrix, activation) for matrix in matrices]
     if activation is not None and any(way != "reference" for way in ways):
         codes, scale = quantize_tokens(tokens, activation)
@@ -57,7 +57,7 @@ def products(
 def input_gradient(gradient: Tensor, packed: PackedTensor, backend: str | None) -> Tensor:
     """Gradient ``[..., rows]`` of a product to that of its input, ``[..., columns]``."""
     tokens = gradient.reshape(-1, gradient.shape[-1])
-    matrix = native(tokens, packed, backend)
+    matrix = native(packed, gradient.device, gradient.dtype, backend)
     result = tokens @ decode(packed, gradient.dtype) if matrix is None else tiled_gradient(tokens, matrix)
     return result.reshape(*gradient.shape[:-1], result.shape[-1])
 
@@ -66,17 +66,11 @@ def decode_matrix(packed: PackedTensor, dtype: torch.dtype = torch.float32, back
     """:func:`hf_lowbit.formats.decode`, natively where that is possible: the same bits, sooner."""
     if packed.weight.dim() > 2:
         return torch.stack([decode_matrix(packed[i], dtype, backend) for i in range(packed.weight.shape[0])])
-    matrix = None if backend == "reference" or dtype not in cpu.FLOAT_TYPES else _native(packed)
+    matrix = native(packed, packed.weight.device, dtype, backend)
     return decode(packed, dtype) if matrix is None else cpu.decode_rows(matrix, slice(None), dtype)
 
 
 def look_up_rows(packed: PackedTensor, index: Tensor, dtype: torch.dtype, backend: str | None = None) -> Tensor:
     """Decoded rows ``[n, columns]`` for a 1-D index. Raises IndexError for an index out of range."""
-    matrix = None if backend == "reference" or dtype not in cpu.FLOAT_TYPES else _native(packed)
-    if matrix is None or index.device.type != "cpu":
-        return reference_rows(packed, index).to(dtype)
-    return cpu.decode_rows(matrix, index, dtype)
-
-
-def _native(packed: PackedTensor) -> cpu.Matrix | None:
-    return cpu.describe(packed) if cpu.available() else None
+    matrix = native(packed, index.device, dtype, backend)
+    return reference_rows(packed, index).to(dtype) if matrix is None else cpu.decode_rows(matrix, index, dtype)

@@ -3,8 +3,8 @@
 - reference: decode everything with torch, multiply with torch;
 - gemv: the native kernel, which decodes codes in registers; reads them once per four or eight tokens;
 - tiles: the native kernel decodes some rows into a buffer, torch multiplies: for many tokens;
-- int8: the native kernel for int8 inputs;
-- sliced: int8 or float8 inputs through torch, group by group.
+- int8: the native kernel for inputs quantized to 8 bits or fewer;
+- sliced: quantized inputs through torch, group by group, where the native kernel has no integers to multiply.
 """
 
 from __future__ import annotations
@@ -30,35 +30,36 @@ def route(x: Tensor, matrix: cpu.Matrix | None, activation: ActivationSpec | Non
     if matrix is None:
         return "reference"
     if activation is None:
-        most = GEMV_TOKENS_MATRIX_UNIT if has_matrix_unit(x.dtype) else GEMV_TOKENS
+        has_matrix_unit = x.dtype != torch.float32 and multiplies_fast(x.dtype)
+        most = GEMV_TOKENS_MATRIX_UNIT if has_matrix_unit else GEMV_TOKENS
         return "gemv" if x.shape[0] <= most else "tiles"
-    return "int8" if activation.format == "int" and cpu.multiplies_int8(matrix) else "sliced"
+    return "int8" if _multiplies_codes(matrix, activation) else "sliced"
 
 
-def native(x: Tensor, packed: PackedTensor, backend: str | None) -> cpu.Matrix | None:
-    """The native view of a weight if the native kernels can take this product; else None."""
-    if backend == "reference" or x.device.type != "cpu" or x.dtype not in cpu.FLOAT_TYPES or not cpu.available():
+def native(packed: PackedTensor, device: torch.device, dtype: torch.dtype, backend: str | None) -> cpu.Matrix | None:
+    """The native view of a weight, for inputs on ``device`` and floats of ``dtype``; None if torch has to do it."""
+    if backend == "reference" or device.type != "cpu" or dtype not in cpu.FLOAT_TYPES or not cpu.available():
         return None
     return cpu.describe(packed)
 
 
-def kernel_of(packed: PackedTensor, backend: str | None) -> str:
+def kernel_of(packed: PackedTensor, activation: ActivationSpec | None, backend: str | None) -> str:
     """Which kernel multiplies few tokens with this weight where it lies now: for reports.
 
     "torch"; "cpu"; or "cpu, row by row" for layouts that the native kernel decodes before it multiplies, at several
     times the cost: base 3, and groups that are no multiple of 32.
     """
-    first = (
-        PackedTensor(packed.weight[0], packed.scale[0], packed.spec, packed.columns) if _is_stack(packed) else packed
-    )
-    matrix = None if backend == "reference" or not cpu.available() else cpu.describe(first)
+    first = packed[0] if packed.weight.dim() > 2 else packed
+    matrix = native(first, first.weight.device, torch.float32, backend)
     if matrix is None:
         return "torch"
+    if activation is not None:
+        return "cpu" if _multiplies_codes(matrix, activation) else "torch"
     return "cpu" if cpu.multiplies_in_registers(matrix) else "cpu, row by row"
 
 
-def _is_stack(packed: PackedTensor) -> bool:
-    return packed.weight.dim() > 2
+def _multiplies_codes(matrix: cpu.Matrix, activation: ActivationSpec) -> bool:
+    return activation.format == "int" and cpu.multiplies_int8(matrix)
 
 
 def why_not(backend: str | None) -> str | None:
@@ -78,12 +79,6 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
         return True
     capabilities = _capabilities()
     return dtype == torch.bfloat16 and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-@cache
-def has_matrix_unit(dtype: torch.dtype) -> bool:
-    """Whether products of many tokens in the type take a fraction of float32's time here."""
-    return dtype == torch.bfloat16 and multiplies_fast(dtype)
 
 
 @cache

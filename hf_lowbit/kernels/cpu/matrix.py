@@ -132,4 +132,4 @@ def _minifloat_factor(table: Tensor, exponent_bits: int) -> float | None:
     factor = float(table[usable][-1] / (sign * raw)[usable][-1])
     finite = torch.isfinite(table)
     exact = torch.equal((raw * factor * sign)[finite] + 0.0, table[finite] + 0.0)
-    return factor if exact and bits > 1 else None
+    return factor if exact else None

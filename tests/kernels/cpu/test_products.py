@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, decode
-from hf_lowbit.kernels import cpu, packed_linear
+from hf_lowbit.kernels import cpu, packed_linear, packed_linears
 from tests.kernels.cpu.matrices import FORMATS, random_packed
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
@@ -57,16 +57,11 @@ def test_integer_sums_are_exact(name: str, group_size: int | None, instruction_s
     packed = random_packed(19, 576, group_size=group_size, **FORMATS[name])
     matrix = cpu.describe(packed)
     assert matrix is not None
+    spec = packed.spec
+    integers = not spec.has_fitted_table and spec.number_format.integer_multiplier is not None
+    whole_bytes = spec.packing == "dense" and (spec.bits in (1, 2, 4) or (spec.bits, spec.format) == (8, "int"))
+    assert cpu.multiplies_int8(matrix) == (integers and whole_bytes)
     if not cpu.multiplies_int8(matrix):
-        assert (
-            packed.spec.bits not in (1, 2, 4, 8)
-            or packed.spec.packing == "base3"
-            or (
-                packed.spec.has_fitted_table
-                or packed.spec.number_format.integer_multiplier is None
-                or packed.spec.format != "int"
-            )
-        )
         return
     codes = torch.randint(-127, 128, (6, 576), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
     scale = torch.rand(6, 1) + 0.5
@@ -173,3 +168,16 @@ def test_rows_by_index() -> None:
         cpu.decode_rows(matrix, torch.tensor([50]), torch.float32)
     with pytest.raises(IndexError, match="50 rows"):
         cpu.decode_rows(matrix, torch.tensor([-1]), torch.float32)
+
+
+def test_quantized_inputs_with_weights_of_several_widths(instruction_set: str) -> None:
+    weights = [
+        random_packed(40, 256, bits=4, group_size=64),
+        random_packed(24, 256, bits=8),
+        random_packed(17, 256, bits=4, group_size=64, symmetric=False),
+        random_packed(9, 256, format="nf", bits=4, group_size=64),  # no integers: another route
+    ]
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    activation = ActivationSpec("int", 8)
+    for packed, y in zip(weights, packed_linears(x, weights, activation), strict=True):
+        assert relative(y, packed_linear(x, packed, activation, "reference")) < 2e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import subprocess
@@ -14,14 +15,7 @@ from hf_lowbit.kernels.cpu import library
 
 NATIVE = Path(library.__file__).parent / "native"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{NATIVE}"]
-# As setup.py has them.
-X86 = {
-    "avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
-    "avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni", "-mavx512bf16"),
-        *("-mfma", "-mf16c", "-mbmi2"),
-    ],
-}
+X86 = json.loads((NATIVE / "x86_flags.json").read_text())
 
 
 @pytest.mark.slow

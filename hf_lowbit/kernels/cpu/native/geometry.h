@@ -50,7 +50,7 @@ inline bool lanes_fit_groups(const hfl_matrix& w) {
     return w.groups == 1 || (w.columns / w.groups) % codes_per_lane(w.bits) == 0;
 }
 
-// The scales of a row, and scale * zero point where there is one, followed by `lanes` zeros for whole-vector loads.
+// The scales of a row, and its zero points if it has any, followed by `lanes` zeros for whole-vector loads.
 struct RowScales {
     std::vector<float> scale, zero;
     const hfl_matrix& w;

@@ -121,21 +121,24 @@ void linear_codes(const hfl_matrix* const* matrices, int count, const int8_t* x,
     });
 }
 
+inline bool share_codes(const hfl_matrix& a, const hfl_matrix& b) {
+    return a.bits == b.bits && a.groups == b.groups && a.zero_kind == b.zero_kind;
+}
+
 inline int linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* x_scale, int64_t m,
                        int type, void* const* y, int threads) {
-    for (int i = 0; i < count; i++) {
-        const hfl_matrix& w = *matrices[i];
-        if (!multiplies_int8(&w) || w.bits != matrices[0]->bits || w.groups != matrices[0]->groups ||
-            w.zero_kind != matrices[0]->zero_kind)
-            return -1;
+    for (int i = 0; i < count; i++)
+        if (!multiplies_int8(matrices[i])) return -1;
+    for (int i = 0, end; i < count; i = end) {  // neighbours of one format together
+        for (end = i + 1; end < count && share_codes(*matrices[i], *matrices[end]);) end++;
+        switch (matrices[i]->bits) {
+            case 1: linear_codes<1>(matrices + i, end - i, x, x_scale, m, type, y + i, threads); break;
+            case 2: linear_codes<2>(matrices + i, end - i, x, x_scale, m, type, y + i, threads); break;
+            case 4: linear_codes<4>(matrices + i, end - i, x, x_scale, m, type, y + i, threads); break;
+            default: linear_codes<8>(matrices + i, end - i, x, x_scale, m, type, y + i, threads);
+        }
     }
-    switch (matrices[0]->bits) {
-        case 1: linear_codes<1>(matrices, count, x, x_scale, m, type, y, threads); return 0;
-        case 2: linear_codes<2>(matrices, count, x, x_scale, m, type, y, threads); return 0;
-        case 4: linear_codes<4>(matrices, count, x, x_scale, m, type, y, threads); return 0;
-        case 8: linear_codes<8>(matrices, count, x, x_scale, m, type, y, threads); return 0;
-        default: return -1;
-    }
+    return 0;
 }
 
 }  // namespace
