@@ -14,7 +14,7 @@ from hf_lowbit.kernels.activation import quantize_tokens
 from hf_lowbit.kernels.reference import reference_product
 from hf_lowbit.kernels.routes import native, route
 from hf_lowbit.kernels.sliced import sliced_linear
-from hf_lowbit.kernels.tiles import tiled_gradient, tiled_product
+from hf_lowbit.kernels.tiles import tiled_codes_product, tiled_gradient, tiled_product
 
 
 def product(x: Tensor, packed: PackedTensor, activation: ActivationSpec | None, backend: str | None) -> Tensor:
@@ -32,12 +32,12 @@ def products(
     if activation is not None and any(way != "reference" for way in ways):
         codes, scale = quantize_tokens(tokens, activation)
     results: list[Tensor | None] = [None] * len(weights)
-    for way in ("gemv", "int8"):  # one call of the native kernel for all that take this way
+    for way in ("native", "int8"):  # one call of the native kernel for all that take this way
         chosen = [i for i, other in enumerate(ways) if other == way]
         described = [matrix for i in chosen if (matrix := matrices[i]) is not None]
         if not chosen:
             continue
-        if way == "gemv":
+        if way == "native":
             computed = cpu.linear(tokens, described)
         else:
             computed = cpu.linear_int8(codes, scale, described, x.dtype)
@@ -48,6 +48,8 @@ def products(
             results[i] = reference_product(tokens, weights[i], activation)
         elif way == "tiles" and matrix is not None:
             results[i] = tiled_product(tokens, matrix)
+        elif way == "int8 tiles":
+            results[i] = tiled_codes_product(codes, scale, weights[i], x.dtype)
         elif way == "sliced":
             results[i] = sliced_linear(codes, scale, weights[i], x.dtype).to(x.dtype)
     leading = x.shape[:-1]

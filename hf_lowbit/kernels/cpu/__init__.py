@@ -5,6 +5,7 @@ from hf_lowbit.kernels.cpu.matrix import Matrix, describe
 from hf_lowbit.kernels.cpu.products import (
     FLOAT_TYPES,
     decode_rows,
+    has_matrix_unit,
     linear,
     linear_int8,
     multiplies_in_registers,
@@ -17,6 +18,7 @@ __all__ = [
     "available",
     "decode_rows",
     "describe",
+    "has_matrix_unit",
     "instruction_sets",
     "linear",
     "linear_int8",

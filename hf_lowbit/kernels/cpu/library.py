@@ -25,6 +25,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "hfl_linear_int8": (_INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT, _POINTER, _INT),
     "hfl_multiplies_int8": (_INT, _POINTER),
     "hfl_multiplies_in_registers": (_INT, _POINTER),
+    "hfl_has_matrix_unit": (_INT, _POINTER, _INT),
     "hfl_decode": (_INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT, _INT),
     "hfl_read": (ctypes.c_uint64, _POINTER, _LONG, _INT),
 }

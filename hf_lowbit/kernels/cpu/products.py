@@ -69,6 +69,11 @@ def multiplies_in_registers(matrix: Matrix) -> bool:
     return bool(_library().hfl_multiplies_in_registers(matrix.address))
 
 
+def has_matrix_unit(matrix: Matrix, dtype: torch.dtype) -> bool:
+    """Whether :func:`linear` multiplies many inputs of this type by a matrix unit, decoding as it goes."""
+    return bool(_library().hfl_has_matrix_unit(matrix.address, FLOAT_TYPES[dtype]))
+
+
 def decode_rows(matrix: Matrix, rows: slice | Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Decoded rows ``[n, columns]``, equal to the torch reference to the last bit; into ``out`` if it is given.
 

@@ -12,6 +12,7 @@ namespace {
 // Best first.
 const Kernels* const all_kernels[] = {
 #if defined(HFL_X86) && !defined(HFL_NO_AVX512)
+    &amx_kernels,
     &avx512_kernels,
 #endif
 #if defined(HFL_X86)
@@ -81,6 +82,10 @@ int hfl_multiplies_int8(const hfl_matrix* matrix) { return is_valid(matrix) && c
 
 int hfl_multiplies_in_registers(const hfl_matrix* matrix) {
     return is_valid(matrix) && chosen->multiplies_in_registers(matrix);
+}
+
+int hfl_has_matrix_unit(const hfl_matrix* matrix, int type) {
+    return is_valid(matrix) && chosen->has_matrix_unit(matrix, type);
 }
 
 int hfl_decode(const hfl_matrix* matrix, const int64_t* index, int64_t first, int64_t n, void* out, int type,

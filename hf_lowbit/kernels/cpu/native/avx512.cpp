@@ -4,8 +4,4 @@
 #include "dot_avx512.h"
 #include "isa.inc"
 
-const Kernels avx512_kernels = make_kernels("avx512", [] {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-});
+const Kernels avx512_kernels = make_kernels("avx512", runs_avx512);

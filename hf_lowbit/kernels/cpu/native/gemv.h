@@ -2,127 +2,27 @@
 #pragma once
 #include <algorithm>
 #include <memory>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "decode.h"
-#include "geometry.h"
-#include "threads.h"
-#include "values.h"
+#include "inputs.h"
+#include "rows.h"
+#include "ways.h"
 
 namespace {
-
-#if defined(__GNUC__)
-#define HFL_INLINE __attribute__((always_inline))
-#else
-#define HFL_INLINE
-#endif
-
-// use(constant 0), ..., use(constant n - 1): a loop whose counter is a constant.
-template <class Use, int... i> HFL_INLINE inline void repeat(Use&& use, std::integer_sequence<int, i...>) {
-    (use(Constant<i>()), ...);
-}
 
 // Additions to one sum wait for each other: a few sums side by side keep the multipliers busy.
 template <int M> constexpr int chains = M == 1 ? 4 : M <= 4 ? 2 : 1;
 
-template <int bits, int decoder>
-constexpr bool uses_planes = Simd::has_planes && bits == 4 && decoder == HFL_TABLE;
-
-// How many of the remaining inputs go together through one pass over the codes.
-inline int64_t together(int64_t remaining) {
-    return Simd::max_batch >= 8 && remaining >= 8 ? 8 : remaining >= 4 ? 4 : 1;
-}
-
-// Inputs in the order of the codes, for each pass [block][j][input][lane]: read from front to back. And their sums per
-// group where values are shifted.
-struct Inputs {
-    std::vector<float> values, sums;
-    int64_t stride, batch, groups;
-
-    template <int bits, int decoder>
-    Inputs(const hfl_matrix& w, const Geometry& geometry, const void* x, int type, int64_t m, int64_t row_stride,
-           Constant<bits>, Constant<decoder>)
-        : stride(geometry.blocks * geometry.block), batch(m), groups(w.groups + Simd::lanes) {
-        using V = Values<bits, decoder>;
-        constexpr int codes = Lane<bits>::codes;
-        std::vector<float> row(static_cast<size_t>(stride), 0.0f);
-        values.resize(static_cast<size_t>(m * stride));
-        if (w.zero_kind != HFL_NO_ZERO || V::shift(w) != 0) sums.resize(static_cast<size_t>(m * groups), 0.0f);
-        for (int64_t i = 0, pass = 0, M = together(m); i < m; i++) {
-            if (i == pass + M) pass = i, M = together(m - i);
-            load_floats(row.data(), x, i * row_stride, w.columns, type);
-            float* out = values.data() + pass * stride + (i - pass) * Simd::lanes;
-            for (int64_t b = 0; b < geometry.blocks; b++) {
-                const float* in = row.data() + b * geometry.block;
-                for (int j = 0; j < codes; j++, out += M * Simd::lanes) {
-                    const float place = V::place(j);
-                    for (int lane = 0; lane < Simd::lanes; lane++)
-                        out[lane] = place * in[position<bits, decoder>(j, lane)];
-                }
-            }
-            const int64_t group = w.columns / w.groups;
-            for (int64_t g = 0; !sums.empty() && g < w.groups; g++) {
-                double total = 0;  // a shift of 128 multiplies its rounding error
-                for (int64_t k = 0; k < group; k++) total += row[g * group + k];
-                sums[static_cast<size_t>(i * groups + g)] = static_cast<float>(total);
-            }
-        }
-    }
-
-    template <int bits, int decoder> static constexpr int position(int j, int lane) {
-        if constexpr (uses_planes<bits, decoder>) return Simd::plane_position(j, lane);
-        return lane * Lane<bits>::codes + j;
-    }
-};
-
-// Adds a block's values times the inputs to sum[chain * M + m].
-template <int bits, int decoder, int M> struct BlockProduct {
-    Values<bits, decoder> values;
-    explicit BlockProduct(const hfl_matrix& w) : values(w) {}
-
-    HFL_INLINE void operator()(const uint32_t* words, const float* in, Simd::Float* sum) const {
-        constexpr int lane_words = Lane<bits>::words, codes = Lane<bits>::codes;
-        Simd::Int lane[lane_words];
-        repeat([&](auto q) HFL_INLINE { lane[q.value] = Simd::strided<lane_words, decltype(q)::value>(words); },
-                           std::make_integer_sequence<int, lane_words>());
-        repeat(
-            [&](auto j) HFL_INLINE {
-                const Simd::Float v = values.template at<decltype(j)::value>(lane);
-                Simd::Float* chain = sum + j.value % chains<M> * M;
-                for (int m = 0; m < M; m++)
-                    chain[m] = Simd::multiply_add(v, Simd::load(in + (j.value * M + m) * Simd::lanes), chain[m]);
-            },
-            std::make_integer_sequence<int, codes>());
-    }
-};
-
-template <int M> struct PlaneProduct {
-    typename Simd::Planes planes;
-    explicit PlaneProduct(const hfl_matrix& w) : planes(w.table) {}
-
-    HFL_INLINE void operator()(const uint32_t* words, const float* in, Simd::Float* sum) const {
-        Simd::Float v[8];
-        planes(Simd::load_int(words), v);
-        repeat(
-            [&](auto j) HFL_INLINE {
-                Simd::Float* chain = sum + j.value % chains<M> * M;
-                for (int m = 0; m < M; m++)
-                    chain[m] = Simd::multiply_add(v[j.value], Simd::load(in + (j.value * M + m) * Simd::lanes), chain[m]);
-            },
-            std::make_integer_sequence<int, 8>());
-    }
-};
-
 // Rows of y = x w^T for the inputs m0..m0+M. A tile of rows shares a stretch of the inputs while it is in the
 // first-level cache.
-template <int bits, int decoder, int M> class TileProduct {
+template <class Way, int M> class TileProduct {
   public:
     static constexpr int rows = 16;
 
     TileProduct(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0)
-        : w_(w), geometry_(geometry), x_(x), m0_(m0), product_(w), value_shift_(Values<bits, decoder>::shift(w)) {
+        : w_(w), geometry_(geometry), x_(x), m0_(m0), way_(w), value_shift_(Way::shift(w)) {
         for (int r = 0; r < rows; r++) scales_.emplace_back(w, Simd::lanes);
     }
 
@@ -143,7 +43,6 @@ template <int bits, int decoder, int M> class TileProduct {
 
   private:
     using Float = Simd::Float;
-    static constexpr int block_words = Lane<bits>::words * Simd::lanes;
     static constexpr int64_t first_level_bytes = 16384;  // half of the smallest first-level cache
 
     void add_blocks(int64_t row, int64_t first, int64_t last, const RowScales& scales, Float* totals) {
@@ -152,20 +51,33 @@ template <int bits, int decoder, int M> class TileProduct {
         Float total[M];
         for (int m = 0; m < M; m++) total[m] = totals[m];
         for (int64_t b = first; b < last; b++) {
-            const uint32_t* p = words + b * block_words;
+            const uint32_t* p = words + b * Way::block_words;
             __builtin_prefetch(p + 512);
-            if ((b + 1) * block_words > w_.words) {
-                std::memcpy(tail_, p, static_cast<size_t>(w_.words - b * block_words) * 4);
+            if ((b + 1) * Way::block_words > w_.words) {
+                std::memcpy(tail_, p, static_cast<size_t>(w_.words - b * Way::block_words) * 4);
                 p = tail_;
             }
             Float sum[M * chains<M>];
             for (Float& chain : sum) chain = Simd::zero();
-            product_(p, inputs + b * geometry_.block * M, sum);
+            add_block(p, inputs + b * geometry_.block * M, sum);
             for (int k = M; k < M * chains<M>; k++) sum[k % M] = Simd::add(sum[k % M], sum[k]);
             const Float scale = w_.groups == 1 ? Simd::set(1.0f) : block_scale(scales.scale.data(), b);
             for (int m = 0; m < M; m++) total[m] = Simd::multiply_add(sum[m], scale, total[m]);
         }
         for (int m = 0; m < M; m++) totals[m] = total[m];
+    }
+
+    // Adds a block's values times the inputs to sum[chain * M + m].
+    HFL_INLINE void add_block(const uint32_t* words, const float* in, Float* sum) const {
+        const auto loaded = way_.load(words);
+        repeat(
+            [&](auto j) HFL_INLINE {
+                const auto v = way_.template at<decltype(j)::value>(loaded);
+                Float* chain = sum + j.value % chains<M> * M;
+                for (int m = 0; m < M; m++)
+                    chain[m] = Simd::multiply_add(v, Simd::load(in + (j.value * M + m) * Simd::lanes), chain[m]);
+            },
+            std::make_integer_sequence<int, Way::steps>());
     }
 
     HFL_INLINE Float block_scale(const float* scale, int64_t b) const {
@@ -193,33 +105,33 @@ template <int bits, int decoder, int M> class TileProduct {
     const Geometry& geometry_;
     const Inputs& x_;
     int64_t m0_;
-    const std::conditional_t<uses_planes<bits, decoder>, PlaneProduct<M>, BlockProduct<bits, decoder, M>> product_;
+    const Way way_;
     float value_shift_;
     std::vector<RowScales> scales_;
     Float total_[rows][M];
-    uint32_t tail_[block_words] = {};
+    uint32_t tail_[Way::block_words] = {};
 };
 
-template <int bits, int decoder, int M>
+template <class Way, int M>
 void multiply_rows(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0, int64_t first,
                    int64_t last, void* y, int type) {
-    TileProduct<bits, decoder, M> tile(w, geometry, x, m0);
+    TileProduct<Way, M> tile(w, geometry, x, m0);
     for (int64_t row = first; row < last; row += tile.rows) tile(row, std::min(last, row + tile.rows), y, type);
 }
 
-template <int bits, int decoder>
+template <class Way>
 void multiply_batch(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t first, int64_t last, void* y,
                     int type) {
     for (int64_t m = 0, M; m < x.batch; m += M) {
         M = together(x.batch - m);
         if constexpr (Simd::max_batch >= 8)
-            if (M == 8) multiply_rows<bits, decoder, 8>(w, geometry, x, m, first, last, y, type);
-        if (M == 4) multiply_rows<bits, decoder, 4>(w, geometry, x, m, first, last, y, type);
-        if (M == 1) multiply_rows<bits, decoder, 1>(w, geometry, x, m, first, last, y, type);
+            if (M == 8) multiply_rows<Way, 8>(w, geometry, x, m, first, last, y, type);
+        if (M == 4) multiply_rows<Way, 4>(w, geometry, x, m, first, last, y, type);
+        if (M == 1) multiply_rows<Way, 1>(w, geometry, x, m, first, last, y, type);
     }
 }
 
-// Layouts whose groups cut lanes, and base 3: a row is decoded into the first-level cache, then multiplied.
+// Layouts whose groups cut lanes: a row is decoded into the first-level cache, then multiplied.
 inline void multiply_decoded(const hfl_matrix& w, const void* x, int x_type, int64_t m, int64_t stride, int64_t first,
                              int64_t last, void* y, int type) {
     RowDecoder decode_row(w);
@@ -241,30 +153,9 @@ inline void multiply_decoded(const hfl_matrix& w, const void* x, int x_type, int
 }
 
 inline bool multiplies_in_lanes(const hfl_matrix& w) {
-    const int64_t group = w.columns / w.groups;
-    const bool planes_fit = !Simd::has_planes || w.bits != 4 || w.groups == 1 || group % 32 == 0;
-    return w.packing == HFL_DENSE && lanes_fit_groups(w) && planes_fit;
-}
-
-// Rows per piece of work: about 32 kB of codes.
-inline int64_t piece_rows(const hfl_matrix& w) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, w.words)); }
-
-// Calls work(matrix index, first row, last row) for pieces of all matrices on all threads.
-template <class Work> void share_rows(const hfl_matrix* const* matrices, int count, int threads, Work work) {
-    std::vector<int64_t> ends(static_cast<size_t>(count));
-    int64_t pieces = 0, words = 0;
-    for (int i = 0; i < count; i++) {
-        pieces += (matrices[i]->rows + piece_rows(*matrices[i]) - 1) / piece_rows(*matrices[i]);
-        words += matrices[i]->rows * matrices[i]->words;
-        ends[i] = pieces;
-    }
-    if (words < 16384) threads = 1;  // waking a thread takes longer
-    auto run = [&](int64_t piece) {
-        const int i = static_cast<int>(std::upper_bound(ends.begin(), ends.end(), piece) - ends.begin());
-        const int64_t rows = piece_rows(*matrices[i]), first = (piece - (i ? ends[i - 1] : 0)) * rows;
-        work(i, first, std::min(matrices[i]->rows, first + rows));
-    };
-    share(pieces, threads, run);
+    if (!lanes_fit_groups(w)) return false;
+    if (w.packing == HFL_BASE3) return InDigits::fits(w);
+    return !Simd::has_planes || w.bits != 4 || w.groups == 1 || w.columns / w.groups % 32 == 0;
 }
 
 inline int linear(const hfl_matrix* const* matrices, int count, const void* x, int type, int64_t m, int64_t stride,
@@ -280,21 +171,22 @@ inline int linear(const hfl_matrix* const* matrices, int count, const void* x, i
         if (!multiplies_in_lanes(w)) continue;
         for (int k = 0; k < i && !prepared[i]; k++)
             if (prepared[k] && matrices[k]->bits == w.bits && matrices[k]->groups == w.groups &&
-                matrices[k]->decoder == w.decoder && matrices[k]->zero_kind == w.zero_kind)
+                matrices[k]->decoder == w.decoder && matrices[k]->zero_kind == w.zero_kind &&
+                matrices[k]->packing == w.packing)
                 prepared[i] = prepared[k];
         if (prepared[i]) continue;
-        Geometry geometry(w.columns, w.groups, w.bits, Simd::lanes);
-        with_values(w, [&](auto bits, auto decoder) {
-            Inputs inputs(w, geometry, x, type, m, stride, bits, decoder);
+        Geometry geometry(w, Simd::lanes);
+        with_way(w, [&](auto way) {
+            Inputs inputs(way, w, geometry, x, type, m, stride);
             prepared[i] = std::make_shared<Prepared>(Prepared{std::move(geometry), std::move(inputs)});
         });
     }
-    share_rows(matrices, count, threads, [&](int i, int64_t first, int64_t last) {
+    share_rows(matrices, count, threads, 1, [&](int i, int64_t first, int64_t last) {
         const hfl_matrix& w = *matrices[i];
         if (!prepared[i]) return multiply_decoded(w, x, type, m, stride, first, last, y[i], type);
-        with_values(w, [&](auto bits, auto decoder) {
-            multiply_batch<decltype(bits)::value, decltype(decoder)::value>(w, prepared[i]->geometry,
-                                                                           prepared[i]->inputs, first, last, y[i], type);
+        with_way(w, [&](auto way) {
+            using Way = typename decltype(way)::type;
+            multiply_batch<Way>(w, prepared[i]->geometry, prepared[i]->inputs, first, last, y[i], type);
         });
     });
     return 0;

@@ -2,7 +2,7 @@
 //
 // A lane owns the smallest run of whole 32-bit words that holds whole codes: one word for 1, 2, 4 and 8 bits, three
 // words (16 codes) for 6 bits, `bits` words (32 codes) for 3, 5 and 7. A block is one such run per lane. The j-th codes
-// of all lanes come out of the words together, so inputs are put into the order [block][j][lane].
+// of all lanes come out of the words together, and inputs are put into that order. In base 3 a lane owns a byte.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -17,7 +17,9 @@ template <int bits> struct Lane {
     static constexpr int codes = words * 32 / bits;
 };
 
-inline int codes_per_lane(int bits) {
+inline int codes_per_lane(const hfl_matrix& w) {
+    const int bits = w.bits;
+    if (w.packing == HFL_BASE3) return 5;  // a byte
     return bits == 3 || bits == 5 || bits == 7 ? 32 : bits == 6 ? 16 : 32 / bits;
 }
 
@@ -26,8 +28,9 @@ struct Geometry {
     std::vector<int32_t> first;  // [blocks] first group of each block
     std::vector<int32_t> lane;   // [blocks, lanes] group of each lane, less the block's first; empty if always 0
 
-    Geometry(int64_t columns, int64_t groups, int bits, int lanes) {
-        const int codes = codes_per_lane(bits);
+    Geometry(const hfl_matrix& w, int lanes) {
+        const int64_t columns = w.columns, groups = w.groups;
+        const int codes = codes_per_lane(w);
         block = static_cast<int64_t>(codes) * lanes;
         blocks = (columns + block - 1) / block;
         if (groups == 1) return;
@@ -47,7 +50,7 @@ struct Geometry {
 
 // Whether every lane of every block lies within one group.
 inline bool lanes_fit_groups(const hfl_matrix& w) {
-    return w.groups == 1 || (w.columns / w.groups) % codes_per_lane(w.bits) == 0;
+    return w.groups == 1 || (w.columns / w.groups) % codes_per_lane(w) == 0;
 }
 
 // The scales of a row, and its zero points if it has any, followed by `lanes` zeros for whole-vector loads.

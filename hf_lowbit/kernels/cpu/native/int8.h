@@ -107,9 +107,9 @@ template <int bits>
 void linear_codes(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* x_scale, int64_t m,
                   int type, void* const* y, int threads) {
     const hfl_matrix& w0 = *matrices[0];
-    const Geometry geometry(w0.columns, w0.groups, bits, Dot::lanes);
+    const Geometry geometry(w0, Dot::lanes);
     const CodeInputs<bits> inputs(w0, x, x_scale, m);
-    share_rows(matrices, count, threads, [&](int i, int64_t first, int64_t last) {
+    share_rows(matrices, count, threads, 1, [&](int i, int64_t first, int64_t last) {
         const hfl_matrix& w = *matrices[i];
         int8_t values[256];
         for (int c = 0; c < (1 << bits); c++)

@@ -9,6 +9,7 @@ struct Kernels {
     int (*linear_int8)(const hfl_matrix* const*, int, const int8_t*, const float*, int64_t, int, void* const*, int);
     int (*multiplies_int8)(const hfl_matrix*);
     int (*multiplies_in_registers)(const hfl_matrix*);
+    int (*has_matrix_unit)(const hfl_matrix*, int);
     void (*decode)(const hfl_matrix*, const int64_t*, int64_t, int64_t, void*, int, int);
 };
 
@@ -16,4 +17,5 @@ extern const Kernels plain_kernels;
 #if defined(HFL_X86)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels amx_kernels;
 #endif

@@ -63,6 +63,8 @@ struct Simd {
             }
         }
     };
+    // Of values below 2^16: a * b / 2^16.
+    static Int high_product(Int a, int b) { return _mm512_mulhi_epu16(a, _mm512_set1_epi32(b)); }
     static Int both(Int a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
     static Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
     // Codes in the topmost bits: sign, exponent, mantissa; the garbage below them must be masked away. Subnormal codes
@@ -103,5 +105,12 @@ struct Simd {
         return r;
     }
 };
+
+inline bool runs_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+}
 
 }  // namespace

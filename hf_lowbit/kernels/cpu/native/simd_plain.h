@@ -56,6 +56,8 @@ struct Simd {
             return make([&](int i) { return table[code.lane[i] & ((1u << bits) - 1)]; });
         }
     };
+    // Of values below 2^16: a * b / 2^16.
+    static Int high_product(Int a, int b) { return make_int([&](int i) { return a.lane[i] * uint32_t(b) >> 16; }); }
     static Int both(Int a, int mask) { return make_int([&](int i) { return a.lane[i] & uint32_t(mask); }); }
     static Float to_float(Int a) { return make([&](int i) { return float(int32_t(a.lane[i])); }); }
     // Codes in the topmost bits: sign, exponent, mantissa; the garbage below them must be masked away.

@@ -1,6 +1,7 @@
 // From codes in the low bits of vector lanes to float values, by the decoder the matrix names.
 #pragma once
 #include "lowbit.h"
+#include "unroll.h"
 
 namespace {
 
@@ -60,8 +61,6 @@ template <int bits> struct Values<bits, HFL_MINIFLOAT> {
 };
 
 // Calls use(integral constant bits, integral constant decoder): arithmetic decoders where a table takes longer.
-template <int n> struct Constant { static constexpr int value = n; };
-
 template <int bits, class Use> void with_decoder(const hfl_matrix& w, Use use) {
     if constexpr (bits >= Simd::first_arithmetic_width) {
         if (w.decoder == HFL_INTEGER) return use(Constant<bits>(), Constant<HFL_INTEGER>());

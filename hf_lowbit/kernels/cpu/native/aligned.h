@@ -1,0 +1,20 @@
+// Memory on the boundaries of cache lines, for vectors that are loaded whole.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <new>
+
+namespace {
+
+template <class T> class Aligned {
+  public:
+    explicit Aligned(int64_t size)
+        : data_(static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), std::align_val_t(64)))) {}
+    T* data() const { return data_.get(); }
+
+  private:
+    struct Free { void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); } };
+    std::unique_ptr<T, Free> data_;
+};
+
+}  // namespace

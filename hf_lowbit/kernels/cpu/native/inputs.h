@@ -1,0 +1,45 @@
+// Inputs of a product in the order in which a way's codes come out of their words, and their sums per group.
+#pragma once
+#include <vector>
+
+#include "aligned.h"
+#include "ways.h"
+
+namespace {
+
+// How many of the remaining inputs go together through one pass over the codes.
+inline int64_t together(int64_t remaining) {
+    return Simd::max_batch >= 8 && remaining >= 8 ? 8 : remaining >= 4 ? 4 : 1;
+}
+
+// For each pass [block][j][input][lane]: read from front to back.
+struct Inputs {
+    int64_t stride, batch, groups;
+    Aligned<float> values;
+    std::vector<float> sums;  // [batch, groups + lanes], where values are shifted
+
+    template <class Way>
+    Inputs(Type<Way>, const hfl_matrix& w, const Geometry& geometry, const void* x, int type, int64_t m,
+           int64_t row_stride)
+        : stride(geometry.blocks * geometry.block), batch(m), groups(w.groups + Simd::lanes),
+          values(m * stride) {
+        std::vector<float> row(static_cast<size_t>(stride), 0.0f);
+        if (w.zero_kind != HFL_NO_ZERO || Way::shift(w) != 0) sums.resize(static_cast<size_t>(m * groups), 0.0f);
+        for (int64_t i = 0, pass = 0, M = together(m); i < m; i++) {
+            if (i == pass + M) pass = i, M = together(m - i);
+            load_floats(row.data(), x, i * row_stride, w.columns, type);
+            float* out = values.data() + pass * stride + (i - pass) * Simd::lanes;
+            for (int64_t b = 0; b < geometry.blocks; b++)
+                for (int j = 0; j < Way::steps; j++, out += M * Simd::lanes)
+                    Way::arrange(row.data() + b * geometry.block, j, out);
+            const int64_t group = w.columns / w.groups;
+            for (int64_t g = 0; !sums.empty() && g < w.groups; g++) {
+                double total = 0;  // a shift of 128 multiplies its rounding error
+                for (int64_t k = 0; k < group; k++) total += row[g * group + k];
+                sums[static_cast<size_t>(i * groups + g)] = static_cast<float>(total);
+            }
+        }
+    }
+};
+
+}  // namespace
