@@ -1,4 +1,4 @@
-"""Where decoding in registers stops beating decoded tiles: the numbers behind hf_lowbit/kernels/routes.py.
+"""Where decoding in registers stops beating decoded tiles, for matrices and convolutions: behind kernels/routes.py.
 
 python -m benchmarks.crossovers
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import torch
 
+import hf_lowbit
 from benchmarks.speed_cpu import random_packed, seconds
 from hf_lowbit.formats import WeightSpec
 from hf_lowbit.kernels import cpu
 from hf_lowbit.kernels.tiles import tiled_product
+from hf_lowbit_rtn import RTNConfig
 
 SPECS = {
     "int3": WeightSpec(bits=3, group_size=64),
@@ -26,8 +28,21 @@ def compare(x: torch.Tensor, matrix: cpu.Matrix) -> str:
     return f"registers {registers:7.2f} ms, tiles {tiles:7.2f} ms"
 
 
+def compare_convolution(channels: int, size: int) -> str:
+    """Milliseconds of a 3x3 convolution of a picture: its kernel decoded, or its patches unfolded."""
+    floats = torch.nn.Sequential(torch.nn.Conv2d(channels, channels, 3))
+    packed = hf_lowbit.quantize(floats, RTNConfig(bits=4, group_size=32))[0]
+    x = torch.randn(1, channels, size + 2, size + 2)
+    with torch.no_grad():
+        decoded = 1e3 * seconds(lambda _: packed._convolve_decoded(x), 5)
+        unfolded = 1e3 * seconds(lambda _: packed._convolve_patches(x, (size, size)), 5)
+    return f"decoded {decoded:7.2f} ms, unfolded {unfolded:7.2f} ms"
+
+
 def main() -> None:
     torch.set_num_threads(2)
+    for channels, size in ((1280, 2), (1280, 4), (640, 5), (640, 6), (640, 8), (320, 16)):
+        print(f"3x3, {channels} channels, {size * size} positions: {compare_convolution(channels, size)}")
     for rows, columns in ((4096, 4096), (1536, 576)):
         for name, spec in SPECS.items():
             packed = random_packed(rows, columns, spec)

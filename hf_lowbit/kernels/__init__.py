@@ -3,11 +3,12 @@
 from hf_lowbit.kernels.activation import quantize_tokens
 from hf_lowbit.kernels.decoding import decode_matrix, look_up_rows
 from hf_lowbit.kernels.linear import packed_linear, packed_linears
-from hf_lowbit.kernels.routes import BACKENDS, kernel_of, why_not
+from hf_lowbit.kernels.routes import BACKENDS, NATIVE_TOKENS, kernel_of, why_not
 from hf_lowbit.kernels.sliced import multiplies_integers, sliced_linear
 
 __all__ = [
     "BACKENDS",
+    "NATIVE_TOKENS",
     "decode_matrix",
     "kernel_of",
     "look_up_rows",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lowbit.kernels import packed_linear
+from hf_lowbit.kernels import NATIVE_TOKENS, packed_linear
 from hf_lowbit.nn.base import PackedModule, expect
 from hf_lowbit.nn.spec import LayerSpec
 
@@ -16,8 +16,8 @@ from hf_lowbit.nn.spec import LayerSpec
 class _PackedConv(PackedModule):
     """A convolution as a matrix ``[out_channels, in_channels / groups * kernel]``.
 
-    With full-precision activations the kernel is decoded and torch convolves; with quantized ones the input is
-    unfolded and every patch is a token of its own.
+    With full-precision activations and many output positions the kernel is decoded and torch convolves; with few, or
+    quantized activations, the input is unfolded and every patch is a token of its own.
     """
 
     float_class: Any  # nn.Conv1d or nn.Conv2d: their constructors differ from their common base's
@@ -73,7 +73,11 @@ class _PackedConv(PackedModule):
         batched = x if x.dim() == len(self.kernel_size) + 2 else x.unsqueeze(0)
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         padded = F.pad(batched, self._reversed_padding_repeated_twice, mode=mode)
-        y = self._convolve_decoded(padded) if self.layer_spec.activation is None else self._convolve_patches(padded)
+        size = self._output_size(padded)
+        positions = padded.shape[0] * _product(size)
+        few = self.groups == 1 and positions <= NATIVE_TOKENS
+        is_full_precision = self.layer_spec.activation is None
+        y = self._convolve_decoded(padded) if is_full_precision and not few else self._convolve_patches(padded, size)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype).reshape(-1, *[1] * len(self.kernel_size))
         return y if x is batched else y.squeeze(0)
@@ -84,14 +88,14 @@ class _PackedConv(PackedModule):
         y: Tensor = convolve(x, weight, None, self.stride, 0, self.dilation, self.groups)
         return y
 
-    def _convolve_patches(self, x: Tensor) -> Tensor:
+    def _output_size(self, x: Tensor) -> tuple[int, ...]:
+        geometry = zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True)
+        return tuple((extent - d * (k - 1) - 1) // s + 1 for extent, k, s, d in geometry)
+
+    def _convolve_patches(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         flat = len(self.kernel_size) == 1
         kernel, stride, dilation = (((1, *v) if flat else v) for v in (self.kernel_size, self.stride, self.dilation))
         image = x.unsqueeze(-2) if flat else x
-        size = [
-            (extent - d * (k - 1) - 1) // s + 1
-            for extent, k, s, d in zip(image.shape[-2:], kernel, stride, dilation, strict=True)
-        ]
         patches = F.unfold(image, kernel, dilation, 0, stride).transpose(1, 2)  # [batch, positions, in * kernel]
         rows = self.out_channels // self.groups
         factors = self.low_rank_factors("weight", x.dtype)

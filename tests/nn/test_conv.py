@@ -119,3 +119,17 @@ def test_an_empty_batch(dimensions: int, pack: Pack) -> None:
     for activation in (None, ActivationSpec()):
         module = pack(convolution(dimensions, {}), LayerSpec(WeightSpec(), activation))
         assert module(signal(dimensions)[:0]).shape == module.to_float(torch.float32)(signal(dimensions)[:0]).shape
+
+
+@pytest.mark.parametrize("size, unfolded", [((5, 8), True), ((9, 12), False)])  # 21 and 77 output positions
+def test_few_positions_are_unfolded_not_decoded(
+    size: tuple[int, int], unfolded: bool, pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pack(convolution(2, {}), LayerSpec(WeightSpec()))
+    x = torch.randn(1, 8, *size, generator=torch.Generator().manual_seed(2))
+    expected = module.to_float(torch.float32)(x)
+    decoded = []
+    original = module._convolve_decoded
+    monkeypatch.setattr(module, "_convolve_decoded", lambda padded: decoded.append(1) or original(padded))
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    assert bool(decoded) != unfolded
