@@ -1,6 +1,6 @@
 """Speed on this CPU: kernels against its read bandwidth, and SmolLM2-135M in `generate`, all in one run.
 
-    python benchmarks/speed_cpu.py [--threads 2] [--output speed_cpu.json] [--no-model]
+    python benchmarks/speed_cpu.py [--threads 2] [--inputs bfloat16] [--output speed_cpu.json] [--no-model]
 
 Variants are interleaved, medians over the rounds are reported, and ratios are of values of the same run: other work on
 the machine changes both sides. Weights are cycled through more memory than the caches hold.
@@ -21,8 +21,8 @@ import torch
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec
 from hf_lowbit.kernels import cpu, packed_linear
-from hf_lowbit.kernels.activation import quantize_tokens
 from hf_lowbit.kernels.cpu.products import read_bytes
+from hf_lowbit.kernels.routes import multiplies_fast
 
 COLD_BYTES = 256 << 20
 FORMATS: dict[str, dict[str, Any]] = {
@@ -60,8 +60,8 @@ def random_packed(rows: int, columns: int, spec: WeightSpec) -> PackedTensor:
     return PackedTensor(codes, scale, spec, columns)
 
 
-def kernels() -> list[dict[str, Any]]:
-    """One row per shape, format and number of tokens."""
+def kernels(inputs: torch.dtype) -> list[dict[str, Any]]:
+    """One row per shape, format and number of tokens, for inputs of a type."""
     memory = torch.ones(COLD_BYTES, dtype=torch.uint8)
     results = []
     for rows, columns in SHAPES:
@@ -71,8 +71,9 @@ def kernels() -> list[dict[str, Any]]:
             cold = [
                 random_packed(rows, columns, spec) for _ in range(2 + COLD_BYTES // (rows * columns * spec.bits // 8))
             ]
-            for tokens in (1, 8, 128):
-                result = measure(cold, floats, torch.randn(tokens, columns), memory, rounds=15 if tokens == 1 else 5)
+            for tokens in (1, 8, 128, 512):
+                x = torch.randn(tokens, columns).to(inputs)
+                result = measure(cold, floats, x, memory, rounds=15 if tokens == 1 else 5 if tokens < 512 else 2)
                 results.append({"shape": [rows, columns], "format": name, "tokens": tokens, **result})
                 print(f"{rows}x{columns} {name:18} {tokens:4} tokens: {describe(result)}", flush=True)
     return results
@@ -83,20 +84,18 @@ def measure(
 ) -> dict[str, float]:
     """Microseconds of one product in each way, and bandwidths."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in cold[0].tensors().values())
-    halves, half = [weight.bfloat16() for weight in floats], x.bfloat16()
+    halves, full, half = [weight.bfloat16() for weight in floats], x.float(), x.bfloat16()
     result = {
         "read_gb_s": COLD_BYTES / seconds(lambda _: read_bytes(memory), 3) / 1e9,
         "us": 1e6 * seconds(lambda i: packed_linear(x, cold[i % len(cold)]), rounds),
-        "float32_us": 1e6 * seconds(lambda i: x @ floats[i % 2].t(), rounds // 3 + 1),
+        "float32_us": 1e6 * seconds(lambda i: full @ floats[i % 2].t(), rounds // 3 + 1),
         "bfloat16_us": 1e6 * seconds(lambda i: half @ halves[i % 2].t(), 2),
     }
     result["gb_s"] = size / result["us"] / 1e3
     matrices = [matrix for packed in cold if (matrix := cpu.describe(packed)) is not None]
     if matrices and cpu.multiplies_int8(matrices[0]):
-        codes, scale = quantize_tokens(x, ActivationSpec("int", 8))
-        result["int8_us"] = 1e6 * seconds(
-            lambda i: cpu.linear_int8(codes, scale, [matrices[i % len(matrices)]], torch.float32), rounds
-        )
+        activation = ActivationSpec("int", 8)
+        result["int8_us"] = 1e6 * seconds(lambda i: packed_linear(x, cold[i % len(cold)], activation), rounds)
     return result
 
 
@@ -106,9 +105,10 @@ def describe(result: dict[str, float]) -> str:
         f"{result['us']:8.0f} us, {result['gb_s'] / result['read_gb_s']:4.0%} of reading, "
         f"{result['float32_us'] / result['us']:.2f}x float32, {result['bfloat16_us'] / result['us']:.2f}x bfloat16"
     )
-    return text + (
-        f", int8 inputs {result['float32_us'] / result['int8_us']:.2f}x float32" if "int8_us" in result else ""
-    )
+    if "int8_us" not in result:
+        return text
+    ratios = [result[floats] / result["int8_us"] for floats in ("float32_us", "bfloat16_us")]
+    return f"{text}, int8 inputs {ratios[0]:.2f}x, {ratios[1]:.2f}x"
 
 
 def language_model(new_tokens: int = 64, rounds: int = 3) -> dict[str, dict[str, float]]:
@@ -154,6 +154,8 @@ def language_model(new_tokens: int = 64, rounds: int = 3) -> dict[str, dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
+    fast = "bfloat16" if multiplies_fast(torch.bfloat16) else "float32"
+    parser.add_argument("--inputs", choices=("float32", "bfloat16"), default=fast, help="default here: %(default)s")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--no-model", action="store_true", help="kernels only")
     parser.add_argument("--no-kernels", action="store_true", help="the model only")
@@ -164,11 +166,12 @@ def main() -> None:
         "machine": platform.processor() or platform.machine(),
         "instruction_sets": cpu.instruction_sets(),
         "threads": arguments.threads,
+        "inputs": arguments.inputs,
         "torch": torch.__version__,
     }
     print(results)
     if not arguments.no_kernels:
-        results["kernels"] = kernels()
+        results["kernels"] = kernels(getattr(torch, arguments.inputs))
     if not arguments.no_model:
         results["language_model"] = language_model()
     if arguments.output:

@@ -14,7 +14,7 @@ from hf_lowbit.kernels.activation import quantize_tokens
 from hf_lowbit.kernels.reference import reference_product
 from hf_lowbit.kernels.routes import native, route
 from hf_lowbit.kernels.sliced import sliced_linear
-from hf_lowbit.kernels.tiles import tiled_codes_product, tiled_gradient, tiled_product
+from hf_lowbit.kernels.tiles import tiled_gradient, tiled_product
 
 
 def product(x: Tensor, packed: PackedTensor, activation: ActivationSpec | None, backend: str | None) -> Tensor:
@@ -48,8 +48,6 @@ def products(
             results[i] = reference_product(tokens, weights[i], activation)
         elif way == "tiles" and matrix is not None:
             results[i] = tiled_product(tokens, matrix)
-        elif way == "int8 tiles":
-            results[i] = tiled_codes_product(codes, scale, weights[i], x.dtype)
         elif way == "sliced":
             results[i] = sliced_linear(codes, scale, weights[i], x.dtype).to(x.dtype)
     leading = x.shape[:-1]

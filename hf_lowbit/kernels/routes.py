@@ -5,7 +5,6 @@
   a matrix unit, once per 128, and then it takes any number of tokens;
 - tiles: the native kernel decodes some rows into a buffer, torch multiplies: for many tokens;
 - int8: the native kernel for inputs quantized to 8 bits or fewer;
-- int8 tiles: 8-bit rows of one scale are handed to torch's integer product, for many tokens and a matrix unit;
 - sliced: quantized inputs through torch, group by group, where the native kernel has no integers to multiply.
 """
 
@@ -25,8 +24,6 @@ BACKENDS = ("reference", "cpu")
 # type faster than float32 here. Integer inputs always take the native kernel: unpacking with torch costs more than it.
 NATIVE_TOKENS = 32
 NATIVE_TOKENS_FAST_TYPE = 12
-# From here on torch's int8 product on a matrix unit beats the native one.
-INT8_TILE_TOKENS = 24
 
 
 def route(x: Tensor, matrix: cpu.Matrix | None, activation: ActivationSpec | None) -> str:
@@ -37,10 +34,7 @@ def route(x: Tensor, matrix: cpu.Matrix | None, activation: ActivationSpec | Non
         is_fast_type = x.dtype != torch.float32 and multiplies_fast(x.dtype)
         most = NATIVE_TOKENS_FAST_TYPE if is_fast_type else NATIVE_TOKENS
         return "native" if x.shape[0] <= most or cpu.has_matrix_unit(matrix, x.dtype) else "tiles"
-    if not _multiplies_codes(matrix, activation):
-        return "sliced"
-    goes_to_torch = x.shape[0] >= INT8_TILE_TOKENS and matrix.is_plain_int8 and has_int8_matrix_unit()
-    return "int8 tiles" if goes_to_torch else "int8"
+    return "int8" if _multiplies_codes(matrix, activation) else "sliced"
 
 
 def native(packed: PackedTensor, device: torch.device, dtype: torch.dtype, backend: str | None) -> cpu.Matrix | None:
@@ -93,12 +87,6 @@ def has_int8_dot() -> bool:
     """Whether this processor has int8 dot products; without them oneDNN's int8 product is far slower than float32."""
     capabilities = _capabilities()
     return any(capabilities.get(name) for name in ("avx512_vnni", "amx_int8"))
-
-
-@cache
-def has_int8_matrix_unit() -> bool:
-    """Whether torch's int8 product runs on a matrix unit."""
-    return bool(_capabilities().get("amx_int8"))
 
 
 def _capabilities() -> dict[str, object]:

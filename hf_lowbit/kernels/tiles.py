@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hf_lowbit.formats import PackedTensor
-from hf_lowbit.formats.packed import scales
 from hf_lowbit.kernels import cpu
 from hf_lowbit.kernels.routes import multiplies_fast
 
@@ -31,24 +29,6 @@ def tiled_gradient(gradient: Tensor, matrix: cpu.Matrix) -> Tensor:
     for rows, tile in _tiles(matrix, inputs.dtype):
         result += inputs[:, rows] @ tile
     return result.to(gradient.dtype)
-
-
-def tiled_codes_product(codes: Tensor, scale: Tensor, packed: PackedTensor, dtype: torch.dtype) -> Tensor:
-    """int8 codes ``[tokens, columns]`` with scales ``[tokens, 1]`` times 8-bit integer rows of one scale each.
-
-    Stored bytes are value + 128; turned into int8 a tile at a time, torch multiplies them as integers, exactly.
-    Results ``[tokens, rows]`` in ``dtype``.
-    """
-    stored, row_scale = packed.weight.view(torch.int8), scales(packed).reshape(-1)
-    rows, step = stored.shape[0], max(16, _TILE_BYTES // packed.columns)
-    row_scale = row_scale.expand(rows)
-    buffer = torch.empty(min(step, rows), packed.columns, dtype=torch.int8)
-    result = torch.empty(codes.shape[0], rows, dtype=dtype)
-    for start in range(0, rows, step):
-        some = slice(start, min(start + step, rows))
-        tile = torch.bitwise_xor(stored[some, : packed.columns], -128, out=buffer[: some.stop - start])
-        result[:, some] = torch._int_mm(codes, tile.t()).float().mul_(scale).mul_(row_scale[some])
-    return result
 
 
 def _tiles(matrix: cpu.Matrix, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lowbit.kernels import NATIVE_TOKENS, packed_linear
+from hf_lowbit.kernels import NATIVE_TOKENS, decode_matrix, packed_linear
 from hf_lowbit.nn.base import PackedModule, expect
 from hf_lowbit.nn.spec import LayerSpec
+
+# Output channels are decoded in parts of this size: larger buffers are mapped anew at every call, which takes longer
+# than decoding into them.
+_DECODED_BYTES = 8 << 20
 
 
 class _PackedConv(PackedModule):
@@ -84,9 +88,19 @@ class _PackedConv(PackedModule):
 
     def _convolve_decoded(self, x: Tensor) -> Tensor:
         convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
-        weight = self.dequantized(dtype=x.dtype)
-        y: Tensor = convolve(x, weight, None, self.stride, 0, self.dilation, self.groups)
-        return y
+        columns = self.in_channels // self.groups * _product(self.kernel_size)
+        step = self.out_channels if self.groups > 1 else max(16, _DECODED_BYTES // (columns * x.dtype.itemsize))
+        if step >= self.out_channels:
+            weight = self.dequantized(dtype=x.dtype)
+            whole: Tensor = convolve(x, weight, None, self.stride, 0, self.dilation, self.groups)
+            return whole
+        packed, factors, outputs = self.packed(), self.low_rank_factors("weight", x.dtype), []
+        for first in range(0, self.out_channels, step):
+            own = slice(first, min(first + step, self.out_channels))
+            matrix = decode_matrix(packed.rows(own), x.dtype, self.backend)
+            matrix = matrix if factors is None else matrix + factors[1][own] @ factors[0]
+            outputs.append(convolve(x, self.from_matrix("weight", matrix), None, self.stride, 0, self.dilation))
+        return torch.cat(outputs, 1)
 
     def _output_size(self, x: Tensor) -> tuple[int, ...]:
         geometry = zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True)

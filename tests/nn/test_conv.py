@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.formats import ActivationSpec, WeightSpec
-from hf_lowbit.nn import LayerSpec, PackedModule
+from hf_lowbit.nn import LayerSpec, PackedModule, conv
 
 Pack = Callable[[nn.Module, LayerSpec], PackedModule]
 GEOMETRIES: list[dict[str, Any]] = [
@@ -133,3 +133,12 @@ def test_few_positions_are_unfolded_not_decoded(
     monkeypatch.setattr(module, "_convolve_decoded", lambda padded: decoded.append(1) or original(padded))
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
     assert bool(decoded) != unfolded
+
+
+@pytest.mark.parametrize("low_rank", [0, 2])
+def test_large_kernels_are_decoded_in_parts(low_rank: int, pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv, "_DECODED_BYTES", 1)  # sixteen channels at a time
+    torch.manual_seed(0)
+    module = pack(nn.Conv2d(8, 40, (3, 2), stride=2), LayerSpec(WeightSpec(), low_rank=low_rank))
+    x = torch.randn(3, 8, 9, 12, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(module(x), module.to_float(torch.float32)(x), rtol=1e-4, atol=1e-5)

@@ -57,9 +57,6 @@ class Matrix:
             minifloat_factor=decoder.factor,
         )
         self.address = ctypes.addressof(self.struct)
-        # Bytes of value + 128 and one scale per row: what a plain int8 product can take.
-        is_bytes = packed.spec.bits == 8 and decoder.kind == _INTEGER
-        self.is_plain_int8 = is_bytes and zero == 0 and self.struct.groups == 1
 
 
 _described: dict[tuple[int, ...], Matrix] = {}

@@ -53,7 +53,7 @@ def test_equals_the_reference(name: str, group_size: int | str | None, instructi
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("group_size", (None, 32, 96))
+@pytest.mark.parametrize("group_size", (None, 32, 64, 96))
 def test_integer_sums_are_exact(name: str, group_size: int | None, instruction_set: str) -> None:
     packed = random_packed(19, 576, group_size=group_size, **FORMATS[name])
     matrix = cpu.describe(packed)
@@ -64,10 +64,11 @@ def test_integer_sums_are_exact(name: str, group_size: int | None, instruction_s
     assert cpu.multiplies_int8(matrix) == (integers and whole_bytes)
     if not cpu.multiplies_int8(matrix):
         return
-    codes = torch.randint(-127, 128, (6, 576), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
-    scale = torch.rand(6, 1) + 0.5
-    (y,) = cpu.linear_int8(codes, scale, [matrix], torch.float32)
-    assert relative(y, exact_product(codes.double() * scale.double(), packed)) < 2e-6
+    for tokens in (6, 70, 150):  # in one pass, in one of many, in several
+        codes = torch.randint(-127, 128, (tokens, 576), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+        scale = torch.rand(tokens, 1) + 0.5
+        (y,) = cpu.linear_int8(codes, scale, [matrix], torch.float32)
+        assert relative(y, exact_product(codes.double() * scale.double(), packed)) < 2e-6
 
 
 def test_integer_products_run_where_promised(instruction_set: str) -> None:

@@ -26,7 +26,7 @@ def test_no_byte_out_of_place(tmp_path: Path) -> None:
     sources = {"api.cpp": [], "plain.cpp": [], **(X86 if is_x86 else {})}
     runs_all = {name.removesuffix(".cpp") for name in X86} <= set(cpu.instruction_sets())
     if not runs_all:
-        sources = {name: flags for name, flags in sources.items() if not name.startswith("avx512")}
+        sources = {name: flags for name, flags in sources.items() if name not in ("avx512.cpp", "amx.cpp")}
     defines = ["-DHFL_X86"] * is_x86 + ["-DHFL_NO_AVX512"] * (is_x86 and not runs_all)
     jobs = []
     for name, flags in sources.items():
