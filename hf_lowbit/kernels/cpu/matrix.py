@@ -57,6 +57,7 @@ class Matrix:
             minifloat_factor=decoder.factor,
         )
         self.address = ctypes.addressof(self.struct)
+        self.alone = (ctypes.c_void_p * 1)(self.address)  # a list of matrices: this one; making it takes a microsecond
 
 
 _described: dict[tuple[int, ...], Matrix] = {}

@@ -20,14 +20,13 @@ def linear(x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
     One call reads the inputs once and shares the rows of all matrices among torch's threads.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
-    m = x.shape[0]
-    results = [torch.empty(m, matrix.rows, dtype=x.dtype) for matrix in matrices]
-    count = len(matrices)
+    m, dtype = x.shape[0], x.dtype
+    results = [torch.empty((m, matrix.rows), dtype=dtype) for matrix in matrices]
     status = _library().hfl_linear(
-        _addresses([matrix.address for matrix in matrices]),
-        count,
+        matrices[0].alone if len(matrices) == 1 else _addresses([matrix.address for matrix in matrices]),
+        len(matrices),
         x.data_ptr(),
-        FLOAT_TYPES[x.dtype],
+        FLOAT_TYPES[dtype],
         m,
         x.stride(0),
         _addresses([result.data_ptr() for result in results]),
