@@ -71,6 +71,15 @@ def test_integer_sums_are_exact(name: str, group_size: int | None, instruction_s
         assert relative(y, exact_product(codes.double() * scale.double(), packed)) < 2e-6
 
 
+@pytest.mark.parametrize(
+    "name, group_size, expected",
+    [("int4", 64, True), ("int4", 12, False), ("ternary-base3", None, True), ("ternary-base3", 64, False)],
+)
+def test_layouts_decoded_in_registers(name: str, group_size: int | None, expected: bool, instruction_set: str) -> None:
+    matrix = cpu.describe(random_packed(4, 192, group_size=group_size, **FORMATS[name]))
+    assert matrix is not None and cpu.multiplies_in_registers(matrix) == expected
+
+
 def test_integer_products_run_where_promised(instruction_set: str) -> None:
     for bits in (1, 2, 4, 8):
         matrix = cpu.describe(random_packed(4, 128, bits=bits, group_size=32))

@@ -44,7 +44,8 @@ struct ChunkInputs {
 
 template <class Decoder> class ChunkProduct {
   public:
-    ChunkProduct(const hfl_matrix& w, const ChunkInputs& x) : w_(w), x_(x), decoder_(w), group_chunks_(w.columns / w.groups / chunk_codes),
+    ChunkProduct(const hfl_matrix& w, const ChunkInputs& x)
+        : w_(w), x_(x), decoder_(w), group_chunks_(w.columns / w.groups / chunk_codes),
           has_zero_(w.zero_kind != HFL_NO_ZERO) {
         for (int r = 0; r < tile_rows; r++) scales_.emplace_back(w, 0);
     }
@@ -104,9 +105,9 @@ template <class Decoder> class ChunkProduct {
         const uint16_t* in = x_.values.data() + chunk * step + first_tile * size;
         constexpr int next = tile_rows * chunk_codes;
 // Tiles are named by literals.
-#define HFL_ADD(sum, weights, inputs, at)       \
-        {                                       \
-            _tile_loadd(inputs, at, bytes);     \
+#define HFL_ADD(sum, weights, inputs, at)         \
+        {                                         \
+            _tile_loadd(inputs, at, bytes);       \
             _tile_dpbf16ps(sum, weights, inputs); \
         }
         // Each sum waits for the one before it: four side by side.

@@ -43,47 +43,61 @@ template <class Way, int M> class TileProduct {
 
   private:
     using Float = Simd::Float;
+    static constexpr int block = Way::steps * Simd::lanes;
     static constexpr int64_t first_level_bytes = 16384;  // half of the smallest first-level cache
 
     void add_blocks(int64_t row, int64_t first, int64_t last, const RowScales& scales, Float* totals) {
-        const uint32_t* words = w_.codes + row * w_.words;
-        const float* inputs = x_.values.data() + m0_ * x_.stride;
+        const int64_t whole = std::min(last, w_.words / Way::block_words);
+        const uint32_t* words = w_.codes + row * w_.words + first * Way::block_words;
+        if (w_.groups == 1) add_scaled<per_row>(words, first, whole, scales, totals);
+        else if (geometry_.lane.empty()) add_scaled<per_block>(words, first, whole, scales, totals);
+        else add_scaled<per_lane>(words, first, whole, scales, totals);
+        if (whole == last) return;
+        words = w_.codes + row * w_.words + whole * Way::block_words;  // the last block is not all there
+        std::memcpy(tail_, words, static_cast<size_t>(w_.words - whole * Way::block_words) * 4);
+        if (w_.groups == 1) add_scaled<per_row>(tail_, whole, last, scales, totals);
+        else if (geometry_.lane.empty()) add_scaled<per_block>(tail_, whole, last, scales, totals);
+        else add_scaled<per_lane>(tail_, whole, last, scales, totals);
+    }
+
+    enum Scaling { per_row, per_block, per_lane };
+
+    // Adds blocks first..last, whose words are given, to the totals.
+    template <Scaling scaling>
+    void add_scaled(const uint32_t* words, int64_t first, int64_t last, const RowScales& scales, Float* totals) const {
+        const float* inputs = x_.values.data() + m0_ * x_.stride + first * geometry_.block * M;
+        const float* scale = scales.scale.data();
+        const int32_t *groups = geometry_.first.data(), *lanes = geometry_.lane.data();
+        const Way way = way_;  // in registers
         Float total[M];
         for (int m = 0; m < M; m++) total[m] = totals[m];
-        for (int64_t b = first; b < last; b++) {
-            const uint32_t* p = words + b * Way::block_words;
-            __builtin_prefetch(p + 512);
-            if ((b + 1) * Way::block_words > w_.words) {
-                std::memcpy(tail_, p, static_cast<size_t>(w_.words - b * Way::block_words) * 4);
-                p = tail_;
-            }
+        for (int64_t b = first; b < last; b++, words += Way::block_words, inputs += block * M) {
+            __builtin_prefetch(words + 512);
             Float sum[M * chains<M>];
             for (Float& chain : sum) chain = Simd::zero();
-            add_block(p, inputs + b * geometry_.block * M, sum);
+            add_block(way, words, inputs, sum);
             for (int k = M; k < M * chains<M>; k++) sum[k % M] = Simd::add(sum[k % M], sum[k]);
-            const Float scale = w_.groups == 1 ? Simd::set(1.0f) : block_scale(scales.scale.data(), b);
-            for (int m = 0; m < M; m++) total[m] = Simd::multiply_add(sum[m], scale, total[m]);
+            Float factor;
+            if constexpr (scaling == per_block) factor = Simd::set(scale[groups[b]]);
+            if constexpr (scaling == per_lane)
+                factor = Simd::permute(Simd::load(scale + groups[b]), Simd::load_int(lanes + b * Simd::lanes));
+            for (int m = 0; m < M; m++)
+                total[m] = scaling == per_row ? Simd::add(total[m], sum[m]) : Simd::multiply_add(sum[m], factor, total[m]);
         }
         for (int m = 0; m < M; m++) totals[m] = total[m];
     }
 
     // Adds a block's values times the inputs to sum[chain * M + m].
-    HFL_INLINE void add_block(const uint32_t* words, const float* in, Float* sum) const {
-        const auto loaded = way_.load(words);
+    HFL_INLINE static void add_block(const Way& way, const uint32_t* words, const float* in, Float* sum) {
+        const auto loaded = way.load(words);
         repeat(
             [&](auto j) HFL_INLINE {
-                const auto v = way_.template at<decltype(j)::value>(loaded);
+                const auto v = way.template at<decltype(j)::value>(loaded);
                 Float* chain = sum + j.value % chains<M> * M;
                 for (int m = 0; m < M; m++)
                     chain[m] = Simd::multiply_add(v, Simd::load(in + (j.value * M + m) * Simd::lanes), chain[m]);
             },
             std::make_integer_sequence<int, Way::steps>());
-    }
-
-    HFL_INLINE Float block_scale(const float* scale, int64_t b) const {
-        const float* first = scale + geometry_.first[b];
-        if (geometry_.lane.empty()) return Simd::set(*first);
-        return Simd::permute(Simd::load(first), Simd::load_int(geometry_.lane.data() + b * Simd::lanes));
     }
 
     float finish(Float total, const RowScales& scales, int64_t m) const {

@@ -28,15 +28,20 @@ template <int bits> struct Values<bits, HFL_TABLE> {
 };
 
 template <int bits> struct Values<bits, HFL_INTEGER> {
+    // Codes within one word are converted where they stand, except the topmost, which would be a sign.
+    static constexpr bool stays(int j) { return 32 % bits == 0 && (j + 1) * bits < 32; }
+    static constexpr int staying = 32 % bits == 0 ? 32 / bits - 1 : 0;
+
     float offset;
-    explicit Values(const hfl_matrix& w) : offset(w.integer_offset) {}
+    Simd::Int mask[staying + 1];
+    explicit Values(const hfl_matrix& w) : offset(w.integer_offset) {
+        for (int j = 0; j < staying; j++) mask[j] = Simd::hidden(Simd::set_int(((1 << bits) - 1) << (j * bits)));
+    }
     Simd::Float operator()(Simd::Int code) const {
         return Simd::add(Simd::to_float(Simd::both(code, (1 << bits) - 1)), Simd::set(offset));
     }
-    // Codes within one word are converted where they stand, except the topmost, which would be a sign.
-    static constexpr bool stays(int j) { return 32 % bits == 0 && (j + 1) * bits < 32; }
     template <int j> Simd::Float at(const Simd::Int* words) const {
-        if constexpr (stays(j)) return Simd::to_float(Simd::both(words[0], ((1 << bits) - 1) << (j * bits)));
+        if constexpr (stays(j)) return Simd::to_float(Simd::both(words[0], mask[j]));
         const Simd::Int code = codes_at<bits, j>(words);
         return Simd::to_float(32 % bits == 0 ? code : Simd::both(code, (1 << bits) - 1));
     }
