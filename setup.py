@@ -16,11 +16,14 @@ from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOTS = {".": ["hf_lowbit", "hf_lowbit.*"], "plugins": ["hf_lowbit_*", "optimum", "optimum.*"]}
 NATIVE = Path("hf_lowbit/kernels/cpu/native")
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
 X86_FLAGS = json.loads((NATIVE / "x86_flags.json").read_text())  # source -> flags of its instruction set
+# What an older compiler may not know: source -> what tells api.cpp to do without.
+LEFT_OUT = {"avx512.cpp": "-DHFL_NO_AVX512", "amx.cpp": "-DHFL_NO_AMX"}
 
 
 class BuildNative(build_ext):
@@ -28,15 +31,24 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-        sources = {"api.cpp": [], "plain.cpp": [], **(X86_FLAGS if is_x86 else {})}
+        sources = {"plain.cpp": [], **(X86_FLAGS if is_x86 else {})}
         defines = ["-DHFL_X86"] if is_x86 else []
 
         def compile_one(name: str) -> list[str]:
-            arguments = [*COMMON_FLAGS, *defines, *sources[name]]
-            return self.compiler.compile([str(NATIVE / name)], self.build_temp, extra_postargs=arguments)
+            arguments = [*COMMON_FLAGS, *defines, *sources.get(name, [])]
+            try:
+                return self.compiler.compile([str(NATIVE / name)], self.build_temp, extra_postargs=arguments)
+            except CompileError:
+                if name not in LEFT_OUT:
+                    raise
+                return []
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [path for compiled in pool.map(compile_one, sources) for path in compiled]
+            compiled = dict(zip(sources, pool.map(compile_one, sources), strict=True))
+        defines += [define for name, define in LEFT_OUT.items() if not compiled.get(name)]
+        if not compiled.get("avx512.cpp"):
+            compiled["amx.cpp"] = []  # it calls the AVX-512 kernels
+        objects = [*compile_one("api.cpp"), *(path for paths in compiled.values() for path in paths)]
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         self.compiler.link_shared_object(objects, target, target_lang="c++")

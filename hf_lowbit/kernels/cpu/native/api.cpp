@@ -11,8 +11,10 @@ namespace {
 
 // Best first.
 const Kernels* const all_kernels[] = {
-#if defined(HFL_X86) && !defined(HFL_NO_AVX512)
+#if defined(HFL_X86) && !defined(HFL_NO_AVX512) && !defined(HFL_NO_AMX)
     &amx_kernels,
+#endif
+#if defined(HFL_X86) && !defined(HFL_NO_AVX512)
     &avx512_kernels,
 #endif
 #if defined(HFL_X86)
