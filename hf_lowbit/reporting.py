@@ -26,8 +26,8 @@ class LayerReport:
         format, bits, group_size, symmetric, low_rank: what it was packed to.
         activation: format of its quantized input, or None.
         arithmetic: how it multiplies: "decoded", "int8" or "float (decoded)".
-        kernel: what multiplies (convolutions: decodes) it for a few tokens on this machine: "cpu", "cpu, row by row"
-            (slower) or "torch".
+        kernel: what multiplies a few tokens with it, and decodes it for larger convolutions, on this machine: "cpu",
+            "cpu, row by row" (slower) or "torch".
         elements: weights in it; 0 for a parameter that shares another's storage.
         packed_bytes: codes, scales, zero points, tables and low-rank factors.
         error: ||w - w_hat|| / ||w||, low-rank branch included; None where it was not measured (a reloaded model
