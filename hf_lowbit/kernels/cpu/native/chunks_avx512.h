@@ -95,8 +95,6 @@ template <int decoder> struct ChunkBytes {
     }
 };
 
-
-
 // Calls use(Type<a decoder>) and returns true, or false for layouts that have none.
 template <class Use> bool with_chunks(const hfl_matrix& w, Use use) {
     if (w.packing != HFL_DENSE || w.columns % 32 || w.columns / w.groups % 32) return false;

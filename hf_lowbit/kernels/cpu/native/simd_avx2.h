@@ -72,13 +72,6 @@ struct Simd {
     // Of values below 2^16: a * b / 2^16.
     static Int high_product(Int a, int b) { return _mm256_mulhi_epu16(a, _mm256_set1_epi32(b)); }
     static Int set_int(int v) { return _mm256_set1_epi32(v); }
-    // A constant the compiler does not know: it would make it anew at every use, from general registers.
-    static Int hidden(Int a) {
-#if defined(__GNUC__)
-        asm("" : "+x"(a));
-#endif
-        return a;
-    }
     static Int both(Int a, Int b) { return _mm256_and_si256(a, b); }
     static Int both(Int a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi32(mask)); }
     static Float to_float(Int a) { return _mm256_cvtepi32_ps(a); }

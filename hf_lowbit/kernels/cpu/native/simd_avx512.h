@@ -66,13 +66,6 @@ struct Simd {
     // Of values below 2^16: a * b / 2^16.
     static Int high_product(Int a, int b) { return _mm512_mulhi_epu16(a, _mm512_set1_epi32(b)); }
     static Int set_int(int v) { return _mm512_set1_epi32(v); }
-    // A constant the compiler does not know: it would make it anew at every use, from general registers.
-    static Int hidden(Int a) {
-#if defined(__GNUC__)
-        asm("" : "+v"(a));
-#endif
-        return a;
-    }
     static Int both(Int a, Int b) { return _mm512_and_si512(a, b); }
     static Int both(Int a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
     static Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }

@@ -59,7 +59,6 @@ struct Simd {
     // Of values below 2^16: a * b / 2^16.
     static Int high_product(Int a, int b) { return make_int([&](int i) { return a.lane[i] * uint32_t(b) >> 16; }); }
     static Int set_int(int v) { return make_int([&](int) { return uint32_t(v); }); }
-    static Int hidden(Int a) { return a; }
     static Int both(Int a, Int b) { return make_int([&](int i) { return a.lane[i] & b.lane[i]; }); }
     static Int both(Int a, int mask) { return make_int([&](int i) { return a.lane[i] & uint32_t(mask); }); }
     static Float to_float(Int a) { return make([&](int i) { return float(int32_t(a.lane[i])); }); }

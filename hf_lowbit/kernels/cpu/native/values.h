@@ -27,6 +27,14 @@ template <int bits> struct Values<bits, HFL_TABLE> {
     static float shift(const hfl_matrix&) { return 0.0f; }
 };
 
+// A constant the compiler does not know: it would make it anew at every use, from general registers.
+template <class T> T hidden(T constant) {
+#if defined(__GNUC__)
+    asm("" : "+m"(constant));
+#endif
+    return constant;
+}
+
 template <int bits> struct Values<bits, HFL_INTEGER> {
     // Codes within one word are converted where they stand, except the topmost, which would be a sign.
     static constexpr bool stays(int j) { return 32 % bits == 0 && (j + 1) * bits < 32; }
@@ -35,7 +43,7 @@ template <int bits> struct Values<bits, HFL_INTEGER> {
     float offset;
     Simd::Int mask[staying + 1];
     explicit Values(const hfl_matrix& w) : offset(w.integer_offset) {
-        for (int j = 0; j < staying; j++) mask[j] = Simd::hidden(Simd::set_int(((1 << bits) - 1) << (j * bits)));
+        for (int j = 0; j < staying; j++) mask[j] = hidden(Simd::set_int(((1 << bits) - 1) << (j * bits)));
     }
     Simd::Float operator()(Simd::Int code) const {
         return Simd::add(Simd::to_float(Simd::both(code, (1 << bits) - 1)), Simd::set(offset));

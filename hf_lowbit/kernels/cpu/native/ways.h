@@ -7,8 +7,6 @@
 //   load(words), at<j>(loaded): the j-th values of all lanes;
 //   shift(w): what is left to subtract from every value, which products take from the inputs' sums.
 #pragma once
-#include <type_traits>
-
 #include "geometry.h"
 #include "values.h"
 
@@ -84,8 +82,6 @@ struct InDigits {
 };
 
 // Calls use(Type<a way>) with the best way for this matrix.
-
-
 template <class Use> void with_way(const hfl_matrix& w, Use use) {
     if (w.packing == HFL_BASE3) return use(Type<InDigits>());
     with_values(w, [&](auto bits, auto decoder) {
