@@ -31,7 +31,7 @@ _LAZY = {
     "save": "hf_lowbit.plain",
 }
 
-register_all()
+register_all(engine="hf_lowbit.engine:calibrate_loaded")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,10 @@ from importlib.metadata import entry_points
 
 from torch import Tensor
 
+from hf_lowbit.calibration.block import Block
 from hf_lowbit.config import LowbitConfig
 from hf_lowbit.formats import PackedTensor, WeightSpec
+from hf_lowbit.rounding import round_to_nearest
 
 ENTRY_POINT_GROUP = "hf_lowbit.methods"
 DOMAINS = ("language", "speech", "diffusion", "state-space", "vision")
@@ -23,10 +25,15 @@ class Recipe:
     """The steps of one method. A tensor-wise data-free method is its rounding alone.
 
     Attributes:
-        rounding: weight ``[..., rows, columns]`` and spec -> packed tensor.
+        rounding: weight ``[..., rows, columns]`` and spec -> packed tensor; its ``spec`` is the given one, or completes
+            it. A calibrated method's is used where there is nothing to calibrate on (merging an adapter).
+        calibrate: what a calibrated method does with each block, in the order of the model.
+        targets: whether it needs what the float model's blocks return (:meth:`Block.target`).
     """
 
-    rounding: Callable[[Tensor, WeightSpec], PackedTensor]
+    rounding: Callable[[Tensor, WeightSpec], PackedTensor] = round_to_nearest
+    calibrate: Callable[[Block], None] | None = None
+    targets: bool = False
 
 
 @dataclass(frozen=True)

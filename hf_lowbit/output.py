@@ -53,6 +53,14 @@ def prepare_output(folder: Path, config: LowbitConfig, source: str | None, resum
     )
 
 
+def resume_folder(output: str | Path | None) -> Path | None:
+    """Where a calibrated run that writes to ``output`` keeps its finished blocks: a hidden folder beside it."""
+    if output is None:
+        return None
+    folder = Path(output).absolute()
+    return folder.parent / f".{folder.name}.lowbit-resume"
+
+
 def save_complete(result: Any, output: Path, source: str | None) -> None:
     """Save a result with the tokenizer or processor of its source, so that the folder can be used alone."""
     if hasattr(result, "save_pretrained"):

@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from hf_lowbit.config import ConfigError, LowbitConfig
+from hf_lowbit.engine import Run, calibrate
+from hf_lowbit.integrations.calibrating import check_has_data
 from hf_lowbit.integrations.finish import finish_quantization
 from hf_lowbit.integrations.loading import adopt, dequantize_model, load_quantized, model_facts, pipeline_components
-from hf_lowbit.method import method_of, methods
+from hf_lowbit.method import Recipe, method_of, methods
 from hf_lowbit.nn import PackedModule
-from hf_lowbit.output import prepare_output, save_complete
+from hf_lowbit.output import prepare_output, resume_folder, save_complete
 from hf_lowbit.plan import build_plan, install, packed_modules, replace_modules
-from hf_lowbit.state import state_of
+from hf_lowbit.state import shared_weights, state_of
 from hf_lowbit.tensorwise import Outcome, QuantizationError, quantize_parameter
 
 logger = logging.getLogger("hf_lowbit")
@@ -40,8 +42,8 @@ def quantize(
         data: calibration data, for methods that need it; the same as ``config.dataset``.
         output: folder to save the result in, with tokenizer or processor where the target has one. It must be new,
             empty, or hold an earlier result of hf_lowbit.
-        resume: with ``output``, take a finished result of the same target and config as it is. Data-free methods
-            finish in one pass and leave nothing half done; False starts over.
+        resume: with ``output``, take a finished result of the same target and config as it is; of a calibrated run
+            that was killed, take the finished blocks. False starts over.
         components: parts of a pipeline to quantize; by default its denoiser.
 
     Returns:
@@ -58,13 +60,18 @@ def quantize(
     if output is not None and prepare_output(Path(output), config, source, resume):
         logger.info("%s already holds this result; loading it", output)
         return load_quantized(output)
+    recipe = method_of(config).make_recipe(config)
+    run = Run(undo=source is None, folder=resume_folder(output), resume=resume)
     if source is not None:
         config.provenance = {**config.provenance, "source": source}
+    if source is not None and recipe.calibrate is None:
         result = load_quantized(source, config, components)
+    elif source is not None:
+        result = _quantize_module(_one_model(load_quantized(source), source, config), config, recipe, run)
     elif isinstance(target, nn.Module):
-        result = _quantize_module(target, config)
+        result = _quantize_module(target, config, recipe, run)
     else:
-        result = _quantize_pipeline(target, config, components)
+        result = _quantize_pipeline(target, config, components, recipe, run)
     if output is not None:
         save_complete(result, Path(output), source)
     return result
@@ -93,21 +100,29 @@ def _resolve_config(config: LowbitConfig | str, data: Any) -> LowbitConfig:
     elif not isinstance(config, LowbitConfig):
         raise ConfigError(f"config must be a method's config or its name, not {type(config).__name__}")
     resolved = config.copy_with_data(data)
-    if method_of(resolved).needs_data and resolved.dataset is None:
-        raise ConfigError(
-            f"the method {method_of(resolved).name!r} needs calibration data: pass data=... or dataset=..."
-        )
+    check_has_data(method_of(resolved), resolved)
     return resolved
 
 
-def _quantize_pipeline(pipeline: Any, config: LowbitConfig, components: list[str] | None) -> Any:
+def _one_model(loaded: Any, source: str, config: LowbitConfig) -> nn.Module:
+    if not isinstance(loaded, nn.Module):
+        raise ConfigError(
+            f"{source} is a pipeline, which {method_of(config).name!r} cannot calibrate as a whole: pass one of its "
+            "models, and batches of that model's arguments as data"
+        )
+    return loaded
+
+
+def _quantize_pipeline(
+    pipeline: Any, config: LowbitConfig, components: list[str] | None, recipe: Recipe, run: Run
+) -> Any:
     for name in pipeline_components(pipeline, components):
-        _quantize_module(getattr(pipeline, name), config.copy_with_data(None))
+        _quantize_module(getattr(pipeline, name), config.copy_with_data(None), recipe, run)
     return pipeline
 
 
 @torch.no_grad()
-def _quantize_module(model: nn.Module, config: LowbitConfig) -> nn.Module:
+def _quantize_module(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run) -> nn.Module:
     """Quantize a live model in place; on failure every module is put back."""
     if state_of(model) is not None:
         raise QuantizationError("this model is quantized already; dequantize it first")
@@ -115,9 +130,12 @@ def _quantize_module(model: nn.Module, config: LowbitConfig) -> nn.Module:
         raise QuantizationError(
             "part of this model is offloaded or on the meta device; load it whole, or pass its folder"
         )
+    if recipe.calibrate is not None:
+        calibrate(model, config, recipe, run)
+        adopt(model, config)
+        return model
     started = time.monotonic()
-    recipe = method_of(config).make_recipe(config)
-    plan = build_plan(model, config, model_facts(model, _shared_weights(model)))
+    plan = build_plan(model, config, model_facts(model, shared_weights(model)))
     config.plan = plan.to_list()
     for warning in plan.warnings:
         logger.warning(warning)
@@ -141,16 +159,6 @@ def _quantize_module(model: nn.Module, config: LowbitConfig) -> nn.Module:
         raise
     adopt(model, config)
     return model
-
-
-def _shared_weights(model: nn.Module) -> tuple[frozenset[str], ...]:
-    """Sets of module names whose ``weight`` is one and the same parameter."""
-    owners: dict[int, set[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), set()).add(name)
-    return tuple(frozenset(names) for names in owners.values() if len(names) > 1)
 
 
 def _share(owner: PackedModule, module: PackedModule, parameter: str) -> None:

@@ -64,3 +64,13 @@ def config_of(module: PackedModule) -> LowbitConfig | None:
     """The config a packed module was quantized with, wherever it is now; None outside quantized models."""
     config: LowbitConfig | None = module.__dict__.get(_LAYER_ATTRIBUTE)
     return config
+
+
+def shared_weights(model: nn.Module) -> tuple[frozenset[str], ...]:
+    """Sets of module names whose ``weight`` is one and the same parameter."""
+    owners: dict[int, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), set()).add(name)
+    return tuple(frozenset(names) for names in owners.values() if len(names) > 1)

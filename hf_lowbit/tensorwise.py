@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from hf_lowbit.calibration.block import PackedParameter
 from hf_lowbit.compensation import low_rank_factors
 from hf_lowbit.formats import PackedTensor, decode
 from hf_lowbit.method import Recipe
@@ -51,9 +52,36 @@ def quantize_parameter(
     Raises:
         QuantizationError: the recipe refused the weight, or the rank exceeds it.
     """
-    matrix = module.to_matrix(name, weight)
     try:
-        packed = recipe.rounding(matrix, module.layer_spec.weight)
+        packed = recipe.rounding(module.to_matrix(name, weight), module.layer_spec.weight)
+    except ValueError as problem:
+        raise QuantizationError(f"{where}.{name}: {problem}") from None
+    done = pack_parameter(module, name, weight, packed, where, adapter_rank)
+    outcome.errors[f"{where}.{name}"] = done.error
+    if done.adapter is not None:
+        outcome.adapters[where] = done.adapter
+    outcome.original_bits = weight.element_size() * 8
+
+
+@torch.no_grad()
+def pack_parameter(
+    module: PackedModule, name: str, weight: Tensor, packed: PackedTensor, where: str, adapter_rank: int = 0
+) -> PackedParameter:
+    """Put a packed parameter in the place of a float one, with the low-rank part of its error.
+
+    The packed tensor's specification becomes the layer's: a rounding may complete it (an exponent that it searched).
+
+    Returns:
+        The relative error, branch included, and with ``adapter_rank`` the adapter's factors.
+
+    Raises:
+        QuantizationError: shapes that are not the layer's, or a rank that exceeds the matrix.
+    """
+    matrix = module.to_matrix(name, weight)
+    adapter = None
+    try:
+        if packed.spec != module.layer_spec.weight:
+            module.layer_spec = replace(module.layer_spec, weight=packed.spec)
         rank = module.layer_spec.low_rank or adapter_rank
         error = relative_error(matrix, packed)
         if rank:
@@ -61,14 +89,13 @@ def quantize_parameter(
             if module.layer_spec.low_rank:
                 module.set_low_rank_factors(name, a, b)
             else:
-                outcome.adapters[where] = (a, b)
+                adapter = (a, b)
         module.set_packed(name, packed)
         if module.layer_spec.low_rank:
             error = _error_with_branch(module, name, matrix, packed)
     except ValueError as problem:
         raise QuantizationError(f"{where}.{name}: {problem}") from None
-    outcome.errors[f"{where}.{name}"] = error
-    outcome.original_bits = weight.element_size() * 8
+    return PackedParameter(error, adapter)
 
 
 def _stacked_factors(error: Tensor, rank: int, branches: int) -> tuple[Tensor, Tensor]:

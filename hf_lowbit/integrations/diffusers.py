@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import CustomDtype
 from torch import Tensor, nn
 
-from hf_lowbit.config import LowbitConfig
+from hf_lowbit.config import ConfigError, LowbitConfig
 from hf_lowbit.integrations.compat import diffusers as compat
 from hf_lowbit.integrations.compensation import keeps_adapter, load_compensation
 from hf_lowbit.integrations.finish import check_loaded, finish_quantization
@@ -54,7 +54,13 @@ class LowbitDiffusersQuantizer(compat.DiffusersQuantizer):
                 "hf_lowbit cannot quantize while part of the model is offloaded to disk: diffusers would keep the "
                 "float tensors there. Quantize without disk offload, save the result, and load that with offload"
             )
-        self.recipe = method_of(self.quantization_config).make_recipe(self.quantization_config)
+        method = method_of(self.quantization_config)
+        self.recipe = method.make_recipe(self.quantization_config)
+        if self.recipe.calibrate is not None:
+            raise ConfigError(
+                f"the method {method.name!r} calibrates, which needs the loaded model: load it in full precision, and "
+                "pass it to hf_lowbit.quantize(model, config, data=batches of its arguments)"
+            )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Remember which tensors the checkpoint has, and where it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from dataclasses import replace
 
 from torch import nn
 
@@ -26,18 +27,22 @@ def finish_quantization(model: nn.Module, config: LowbitConfig, plan: Plan, outc
         QuantizationError: a planned layer is not packed.
         ValueError: a compensation adapter on a plain module.
     """
+    modules = packed_modules(model)
     missing = [
         f"{name}.{parameter}"
-        for name, module in packed_modules(model).items()
+        for name, module in modules.items()
         for parameter in module.packed_parameters
         if not module.is_packed(parameter)
     ]
-    missing += [name for name in plan.layers if name not in packed_modules(model)]
+    missing += [name for name in plan.layers if name not in modules]
     if missing:
         raise QuantizationError(
             f"{len(missing)} of {len(plan.layers)} planned layers were not quantized (is the checkpoint complete?): "
             f"{', '.join(missing[:10])}"
         )
+    # a method may have completed the specifications, as with an exponent that it searched
+    plan.layers = {name: replace(layer, spec=modules[name].layer_spec) for name, layer in plan.layers.items()}
+    config.plan = plan.to_list()
     report = describe(model, str(config.quant_method).removeprefix("lowbit_"))
     for layer in report.layers:
         layer.error = outcome.errors.get(layer.name)

@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_lowbit.config import ConfigError, LowbitConfig
 from hf_lowbit.integrations import transformers as transformers_adapter
+from hf_lowbit.integrations.origin import name_or_path
 from hf_lowbit.integrations.saving import attach_saving
 from hf_lowbit.plan import ModelFacts
 from hf_lowbit.state import state_of
@@ -143,6 +144,25 @@ def read_json(source: str | Path, name: str) -> dict[str, Any] | None:
         str(source), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=True
     )
     return None if found is None else json.loads(Path(found).read_text())
+
+
+def processing_of(model: nn.Module) -> Any:
+    """The tokenizer or processor that lies beside the weights a transformers model was loaded from.
+
+    Raises:
+        ConfigError: the model was not loaded from a folder or repository, or there is none.
+    """
+    source = name_or_path(model)
+    if not source:
+        raise ConfigError("the model was not loaded from a folder or repository, so that its tokenizer is unknown")
+    from transformers import AutoProcessor, AutoTokenizer
+
+    for loader in (AutoProcessor, AutoTokenizer):
+        try:
+            return loader.from_pretrained(source)
+        except (OSError, ValueError, ImportError, KeyError):
+            continue
+    raise ConfigError(f"no tokenizer or processor loads from {source}")
 
 
 def stored_dtype(source: str | Path) -> torch.dtype:

@@ -21,10 +21,26 @@ ADAPTERS = {
 }
 
 
-def register_all() -> None:
-    """Register every method with each library now, or on its import."""
+_engine: list[str] = []
+
+
+def register_all(engine: str) -> None:
+    """Register every method with each library now, or on its import.
+
+    Args:
+        engine: "module:function" of what calibrates a loaded model. It stands on the integrations, so that they know it
+            by this name only.
+    """
+    _engine[:] = [engine]
     for library_module, adapter in ADAPTERS.items():
         _when_imported(library_module, adapter)
+
+
+def registered_engine() -> Callable[..., None]:
+    """The function that calibrates a float model in place: (model, config, recipe)."""
+    module, _, name = _engine[0].partition(":")
+    found: Callable[..., None] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _when_imported(library_module: str, adapter: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_lowbit.config import LowbitConfig
 from hf_lowbit.integrations.adapters import fold_compensation
+from hf_lowbit.integrations.calibrating import calibrate_loaded, check_has_data
 from hf_lowbit.integrations.compat import transformers as compat
 from hf_lowbit.integrations.compensation import keeps_adapter, load_compensation
 from hf_lowbit.integrations.finish import check_loaded, finish_quantization
@@ -55,6 +56,7 @@ class LowbitHfQuantizer(compat.HfQuantizer):
         """Refuse what cannot work, before any weight is read."""
         method = method_of(self.quantization_config)
         if not self.pre_quantized:
+            check_has_data(method, self.quantization_config)
             if isinstance(device_map, dict) and "disk" in device_map.values():
                 raise ValueError(
                     "hf_lowbit cannot quantize while part of the model is offloaded to disk: transformers would keep "
@@ -83,9 +85,15 @@ class LowbitHfQuantizer(compat.HfQuantizer):
             for warning in self.plan.warnings:
                 logger.warning(warning)
         self._tie_companions(model)
+        if self._calibrates:
+            return  # the float model is loaded first
         install(model, self.plan, packed=self.pre_quantized)
         for module in packed_modules(model).values():
             compat.mark_initialized(module)
+
+    @property
+    def _calibrates(self) -> bool:
+        return self.recipe is not None and self.recipe.calibrate is not None
 
     def _stored_plan(self) -> list[dict[str, Any]]:
         if self.quantization_config.plan is None:
@@ -116,7 +124,7 @@ class LowbitHfQuantizer(compat.HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """True for float parameters that the plan packs."""
-        if self.pre_quantized:
+        if self.pre_quantized or self._calibrates:
             return False
         owner, _, parameter = param_name.rpartition(".")
         module = model.get_submodule(owner)
@@ -133,6 +141,8 @@ class LowbitHfQuantizer(compat.HfQuantizer):
             attach_state(model, QuantizationState(self.quantization_config, source=compat.name_or_path(model)))
             if keeps_adapter(self.quantization_config):
                 load_compensation(model, self.checkpoint_folder or compat.name_or_path(model))
+        elif self.recipe is not None and self._calibrates:
+            calibrate_loaded(model, self.quantization_config, self.recipe)
         else:
             if self.failures:
                 raise QuantizationError("; ".join(self.failures))

@@ -1,0 +1,131 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from quality.data import prepare
+from quality.judge import Judge, difference, summary
+from quality.variants import VARIANTS, Variant
+
+_HERE = Path(__file__).parent
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a causal language model; SmolLM2-135M if absent")
+    parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--group", default="64", help="weights per scale, or row")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=16384, help="held-out tokens")
+    parser.add_argument("--methods", default=",".join(name for name, v in VARIANTS.items() if ":" not in v.method))
+    parser.add_argument("--peers", type=Path, help="folder of virtual environments, see benchmarks/peers")
+    parser.add_argument("--device", default="cpu", help="for the methods of hf_lowbit, and for judging")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON; rows that it has already are kept")
+    values = parser.parse_args()
+    values.bits = [int(bits) for bits in values.bits.split(",")]
+    values.group = None if values.group == "row" else int(values.group)
+    values.methods = values.methods.split(",")
+    if unknown := set(values.methods) - set(VARIANTS):
+        parser.error(f"--methods: no {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    return values
+
+
+def main(description: str | None) -> None:
+    options = arguments(description)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hf_lowbit.testbed import smollm2
+
+    torch.set_num_threads(options.threads)
+    source = options.model or smollm2()
+    rows: list[dict[str, Any]] = []
+    if options.output and options.output.exists():
+        rows = json.loads(options.output.read_text())["rows"]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        data, windows = prepare(source, folder, options.samples, options.length, options.tokens, options.seed)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(options.device).eval()
+        judge = Judge(model, windows, folder)
+        del model
+        for bits in options.bits:
+            for name in options.methods:
+                key = {"variant": name, "bits": bits, "group": options.group, "samples": options.samples, "length": options.length}  # fmt: skip
+                if any(all(row.get(k) == v for k, v in key.items()) for row in rows):
+                    continue
+                row = {**key, **run(VARIANTS[name], bits, source, data, folder, options, judge)}
+                rows.append(row)
+                print(line(row), flush=True)
+                if options.output:
+                    options.output.write_text(json.dumps({"model": source.name, "rows": rows}, indent=1))
+    for bits in options.bits:
+        print(table([row for row in rows if row["bits"] == bits and row["group"] == options.group]))
+
+
+def run(
+    variant: Variant, bits: int, source: Path, data: Path, folder: Path, options: argparse.Namespace, judge: Judge
+) -> dict[str, Any]:
+    """Quantize in a fresh process, then judge."""
+    output, facts = folder / "result", folder / "facts.json"
+    order: dict[str, Any] = {
+        "model": str(source), "data": str(data), "output": str(output), "facts": str(facts), "threads": options.threads,
+        "device": options.device, "bits": bits, "group": options.group, "method": variant.method, "fields": variant.fields,
+    }  # fmt: skip
+    is_peer = variant.method.startswith("peer:")
+    if is_peer:
+        worker = variant.method.removeprefix("peer:")
+        python = options.peers / worker / "bin" / "python"
+    else:
+        worker, python = "ours", Path(sys.executable)
+        order["fields"] = {"bits": bits, "group_size": options.group, **variant.fields}
+    path = folder / "order.json"
+    path.write_text(json.dumps(order))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    begun = time.monotonic()
+    command = [str(python), str(_HERE / "workers" / f"{worker}.py"), str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if result.returncode:
+        return {"failed": (result.stderr or result.stdout)[-600:]}
+    found = {**json.loads(facts.read_text()), "process_seconds": time.monotonic() - begun}
+    import shutil
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).to(options.device).eval()
+    found |= summary(judge.score(model))
+    shutil.rmtree(output)
+    return found
+
+
+def line(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"{row['variant']:22s} {row['bits']} bits: FAILED: {row['failed'][-300:]}"
+    low, high = row["intervals"]["kl"]
+    return (
+        f"{row['variant']:22s} {row['bits']} bits: KL {row['kl']:.4f} [{low:.4f}, {high:.4f}] perplexity "
+        f"{row['perplexity']:.2f} ({row['reference_perplexity']:.2f}) {row.get('bits_per_weight', float('nan')):.3f} "
+        f"bits/weight {row['seconds']:.0f} s {row['peak_mb']:.0f} MB"
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows by KL, each with its paired difference from the one above it."""
+    good = sorted((row for row in rows if "kl" in row), key=lambda row: row["kl"])
+    lines = [f"\n{good[0]['bits']} bits, the smallest KL first" if good else "nothing was measured"]
+    for above, row in zip([None, *good], good, strict=False):
+        change = "" if above is None else " +{:.4f} [{:.4f}, {:.4f}]".format(*difference(row, above))
+        lines.append(line(row) + change)
+    return "\n".join(lines)

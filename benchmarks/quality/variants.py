@@ -1,0 +1,43 @@
+"""What is compared: a name, and the config or the peer behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to quantize.
+
+    Attributes:
+        name: in tables.
+        method: of hf_lowbit, or "peer:NAME".
+        fields: of the method's config, beside bits and group size; of a peer, arguments of its worker.
+    """
+
+    name: str
+    method: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("rtn", "rtn"),
+        Variant("rtn-asym", "rtn", {"symmetric": False}),
+        Variant("hqq", "hqq"),
+        Variant("nupes", "nupes"),
+        Variant("gptq", "gptq"),
+        Variant("gptq-asym", "gptq", {"symmetric": False}),
+        Variant("gptq-clip", "gptq", {"search_clip": True}),
+        Variant("gptq-asym-clip", "gptq", {"symmetric": False, "search_clip": True}),
+        Variant("gptq-asym-clip-order", "gptq", {"symmetric": False, "search_clip": True, "act_order": True}),
+        Variant("awq", "awq", {"symmetric": False}),
+        Variant("autoround", "peer:autoround", {"iterations": 200}),
+        Variant("autoround-50", "peer:autoround", {"iterations": 50}),
+        Variant("autoround-asym", "peer:autoround", {"iterations": 200, "symmetric": False}),
+        Variant("gptqmodel", "peer:gptqmodel"),
+        Variant("llmcompressor", "peer:llmcompressor"),
+    )
+}

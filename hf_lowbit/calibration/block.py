@@ -1,0 +1,206 @@
+"""Block: what a method sees of one block while it is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowbit.calibration.calls import Calls
+from hf_lowbit.calibration.matrices import Matrix, inputs_of, matrices_of, why_without_inputs
+from hf_lowbit.calibration.parallel import combine
+from hf_lowbit.calibration.statistics import Hessian, Magnitude, Statistic
+from hf_lowbit.calibration.store import TensorStore
+from hf_lowbit.formats import PackedTensor
+from hf_lowbit.nn import PackedModule
+from hf_lowbit.plan import PlannedLayer, replace_module
+from hf_lowbit.rounding import round_to_nearest
+from hf_lowbit.rounding.store import stack
+
+_S = TypeVar("_S", bound=Statistic)
+
+
+class PackedParameter(NamedTuple):
+    """What packing a parameter left behind: its relative error, and the factors of an adapter if there is one."""
+
+    error: float
+    adapter: tuple[Tensor, Tensor] | None = None
+
+
+Pack = Callable[[PackedModule, str, Tensor, PackedTensor, str], PackedParameter]
+
+
+class Block:
+    """One block, its float32 module and the data that runs through it.
+
+    A method reads :attr:`matrices`, collects statistics, and calls :meth:`pack` for every matrix. A layer whose
+    matrices are all packed is replaced at once, so that later statistics see it quantized.
+
+    Attributes:
+        name: in the model.
+        module: the block itself, in float32; its layers are replaced one by one.
+        matrices: key -> what is left to quantize or was quantized, in the order of definition.
+        notes: key -> why a matrix was not quantized as the method would have it.
+        seed: of whatever a method draws.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        layers: dict[str, PlannedLayer],
+        calls: Calls,
+        index: int,
+        store: TensorStore,
+        inputs: list[int],
+        targets: list[int],
+        pack: Pack,
+        seed: int = 0,
+    ) -> None:
+        self.name, self.module, self.seed = name, module, seed
+        self._layers = dict(layers)
+        self._calls, self._index, self._store, self._inputs, self._targets = calls, index, store, inputs, targets
+        self._pack = pack
+        self.matrices: dict[str, Matrix] = {}
+        for layer, planned in layers.items():
+            found = matrices_of(layer, module.get_submodule(layer), planned.kind, planned.spec)
+            self.matrices.update({matrix.key: matrix for matrix in found})
+        self._waiting: dict[str, PackedTensor] = {}  # until its layer is complete
+        self._finished: set[str] = set()
+        self.done: dict[str, PackedParameter] = {}
+        self.notes: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        """Batches (of this process)."""
+        return len(self._calls)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.module.parameters()).device
+
+    def flowing(self, batch: int) -> Tensor | None:
+        """What the quantized part of the model hands to this block, ``[sequences, tokens, channels]``."""
+        return self._store.get(self._inputs[batch]).float() if self._inputs else None
+
+    def target(self, batch: int) -> Tensor:
+        """What the block of the float model returned for the batch. For methods that ask for targets."""
+        return self._store.get(self._targets[batch]).float()
+
+    def arguments(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The block's arguments for a batch, from the quantized part of the model."""
+        return self._calls.arguments(batch, self._index, self.flowing(batch), torch.float32)
+
+    def output_of(self, value: Any) -> Tensor:
+        """The tensor that flows on, of what the module returned."""
+        return self._calls.output(self._index, value)
+
+    def run(self, batch: int) -> Tensor:
+        """The block's output for a batch."""
+        args, kwargs = self.arguments(batch)
+        return self.output_of(self.module(*args, **kwargs))
+
+    def hessians(self, keys: Collection[str] | None = None) -> dict[str, Hessian]:
+        """Mean of x x^T of every matrix' inputs; one object for all that read the same input."""
+        return self.collect(Hessian, keys)
+
+    def magnitudes(self, keys: Collection[str] | None = None) -> dict[str, Magnitude]:
+        """Mean and largest |x| per channel."""
+        return self.collect(Magnitude, keys)
+
+    @torch.no_grad()
+    def collect(self, make: Callable[[int, torch.device], _S], keys: Collection[str] | None = None) -> dict[str, _S]:
+        """Run all data and gather a statistic of the inputs of matrices that are still float.
+
+        Args:
+            make: channels, device -> an empty statistic.
+            keys: of :attr:`matrices`; None for all.
+
+        Returns:
+            key -> statistic, the same object for matrices that read the same tensor; matrices without inputs (see
+            :attr:`notes`) are left out.
+        """
+        wanted = [m for key, m in self.matrices.items() if (keys is None or key in keys) and key not in self._finished]
+        for matrix in wanted:
+            if reason := why_without_inputs(matrix):
+                self.notes.setdefault(matrix.key, reason)
+        usable = {matrix.key: matrix for matrix in wanted if matrix.key not in self.notes}
+        statistics = {key: make(matrix.weight.shape[1], self.device) for key, matrix in usable.items()}
+        alias: dict[str, str] = {}
+        with self._listening(usable, statistics, alias) as forget:
+            for batch in range(len(self)):
+                self.run(batch)
+                forget()
+        combine([statistic for key, statistic in statistics.items() if key not in alias])
+        return {key: statistics[alias.get(key, key)] for key in statistics}
+
+    @contextmanager
+    def _listening(
+        self, usable: dict[str, Matrix], statistics: dict[str, Any], alias: dict[str, str]
+    ) -> Iterator[Callable[[], None]]:
+        """Layers update their statistics; the first of those that read one tensor does for all."""
+        read: list[tuple[Tensor, str]] = []
+
+        def hook(layer: str, kind: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            prefix = f"{layer}." if layer else ""
+            if kind not in ("experts", "conv1d", "conv2d"):
+                key, x = f"{prefix}weight", args[0] if args else next(iter(kwargs.values()))
+                first = next((other for tensor, other in read if tensor is x), None)
+                if first is not None:
+                    alias[key] = first
+                    return
+                read.append((x, key))
+            for parameter, expert, x in inputs_of(module, kind, args, kwargs):
+                key = f"{prefix}{parameter}" + ("" if expert is None else f"[{expert}]")
+                if key in statistics:
+                    statistics[key].update(x)
+
+        handles = [
+            self.module.get_submodule(layer).register_forward_pre_hook(
+                lambda module, args, kwargs, layer=layer, kind=kind: hook(layer, kind, module, args, kwargs),
+                with_kwargs=True,
+            )
+            for layer, kind in {matrix.layer: matrix.skeleton.kind for matrix in usable.values()}.items()
+        ]
+        try:
+            yield read.clear
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def pack(self, key: str, packed: PackedTensor) -> None:
+        """Take a matrix' codes. With the last matrix of a layer, the packed layer takes the float one's place."""
+        self._waiting[key] = packed
+        self._finished.add(key)
+        matrix = self.matrices[key]
+        parts = [other for other in self.matrices.values() if other.layer == matrix.layer]
+        if all(part.key in self._waiting for part in parts):
+            self._replace(matrix, parts)
+
+    def round_to_nearest(self, key: str, reason: str) -> None:
+        """Pack a matrix without calibration, and say why."""
+        self.notes[key] = reason
+        matrix = self.matrices[key]
+        self.pack(key, round_to_nearest(matrix.weight, matrix.spec))
+
+    @property
+    def unpacked(self) -> list[str]:
+        """Keys of the matrices that are still float."""
+        return [key for key in self.matrices if key not in self._finished]
+
+    def _replace(self, matrix: Matrix, parts: list[Matrix]) -> None:
+        module = matrix.skeleton
+        for parameter in module.packed_parameters:
+            own = [part for part in parts if part.parameter == parameter]
+            tensors = [self._waiting.pop(part.key) for part in own]
+            packed = tensors[0] if own[0].expert is None else stack(tensors)
+            where = ".".join(name for name in (self.name, matrix.layer) if name)
+            self.done[f"{where}.{parameter}"] = self._pack(module, parameter, getattr(module, parameter), packed, where)
+        if matrix.layer:
+            replace_module(self.module, matrix.layer, module)
+        else:
+            self.module = module

@@ -1,0 +1,61 @@
+"""Several processes, each with a part of the data: sums over all of them, and one result for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_lowbit.calibration.statistics import Statistic
+
+_T = TypeVar("_T")
+
+
+def processes() -> int:
+    """How many there are; 1 outside torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process' number."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def share(items: Sequence[_T]) -> list[_T]:
+    """This process' part of the batches. Raises ValueError when there are fewer batches than processes."""
+    if len(items) < processes():
+        raise ValueError(f"{len(items)} batches cannot be shared by {processes()} processes: give more samples")
+    return list(items[rank() :: processes()])
+
+
+def combine(statistics: Iterable[Statistic]) -> None:
+    """Make every process' statistics those of all the data."""
+    if processes() == 1:
+        return
+    for statistic in statistics:
+        count = torch.tensor(statistic.tokens, dtype=torch.int64)
+        dist.all_reduce(count)
+        statistic.tokens = int(count)
+        for tensor in statistic.summed():
+            dist.all_reduce(tensor)
+        for tensor in statistic.largest():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def agree(tensor: Tensor) -> None:
+    """Make a tensor the first process' in all of them, in place."""
+    if processes() == 1 or not tensor.numel():
+        return
+    flat = tensor.detach().contiguous().reshape(-1)
+    sent = flat.view(torch.uint8)  # gloo knows no int16
+    dist.broadcast(sent, 0)
+    tensor.copy_(flat.reshape(tensor.shape))
+
+
+def wait_for_all() -> None:
+    """Every process reaches this point before any goes on."""
+    if processes() > 1:
+        dist.barrier()

@@ -1,0 +1,50 @@
+"""How much memory a calibration will need, said before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_lowbit.calibration.stacks import find_stacks, layers_of
+from hf_lowbit.plan import PlannedLayer
+
+
+def predict_peak(
+    model: nn.Module, layers: Mapping[str, PlannedLayer], batches: Sequence[dict[str, Any]], targets: bool, limit: int
+) -> str:
+    """One line: the model, one block in float32 with the statistics of its inputs, and the activations.
+
+    The activations are estimated for a language model: one vector of the hidden size per token.
+    """
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    block = statistics = 0
+    for stack in find_stacks(model, layers):
+        for name in stack.blocks:
+            block = max(block, 4 * sum(p.numel() for p in model.get_submodule(name).parameters()))
+            widths = [_columns(model.get_submodule(layer)) for layer in layers_of(name, layers)]
+            statistics = max(statistics, 4 * sum(width * width for width in widths))
+    tokens = sum(_tokens(batch) for batch in batches)
+    hidden = getattr(getattr(model, "config", None), "hidden_size", None) or 0
+    activations = 4 * tokens * hidden * (2 if targets else 1)
+    kept = min(activations, limit)
+    spilled = f" ({_mb(activations - kept)} more on disk)" if activations > kept else ""
+    return (
+        f"predicted peak: {_mb(held + block + statistics + kept)}: model {_mb(held)}, one block {_mb(block)}, "
+        f"statistics {_mb(statistics)}, activations {_mb(kept)}{spilled}"
+    )
+
+
+def _columns(module: nn.Module) -> int:
+    weight = next(iter(module.parameters()))
+    return int(getattr(module, "in_features", weight.shape[-1]))
+
+
+def _tokens(batch: dict[str, Any]) -> int:
+    ids = batch.get("input_ids", batch.get("decoder_input_ids"))
+    return ids.numel() if isinstance(ids, Tensor) else 0
+
+
+def _mb(size: int) -> str:
+    return f"{size / 2**20:.0f} MB"

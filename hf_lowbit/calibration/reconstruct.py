@@ -1,0 +1,129 @@
+"""Block-wise reconstruction: the learned weights of a block are trained until it returns what the float block did.
+
+The setting is BRECQ's (arXiv 2102.05426) as SignRound (arXiv 2309.05516) and OmniQuant (arXiv 2308.13137) use it:
+inputs from the quantized blocks before, targets from the float model, the mean squared error between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hf_lowbit.calibration.block import Block
+from hf_lowbit.formats import ActivationSpec
+from hf_lowbit.kernels.activation import quantize_tokens
+from hf_lowbit.rounding.learned import LearnedWeight
+from hf_lowbit.training.optimizers import make_optimizer
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a block is trained.
+
+    Attributes:
+        iterations: steps, each on one batch of the calibration data; 0 leaves the weights as they start.
+        learning_rate: at the start; it falls linearly to zero.
+        optimizer: "sign": steps along the gradient's sign (SignRound); "adam".
+    """
+
+    iterations: int = 200
+    learning_rate: float = 0.005
+    optimizer: str = "sign"
+
+
+@torch.enable_grad()
+def reconstruct(block: Block, learned: Mapping[str, LearnedWeight], training: Training) -> tuple[float, float]:
+    """Train learned weights in place; nothing is packed.
+
+    Args:
+        learned: key of :attr:`Block.matrices` -> its learned weight. Everything else of the block stays as it is.
+
+    Returns:
+        Mean loss of the first and of the last tenth of the steps.
+    """
+    groups = [group for weight in learned.values() for group in weight.parameter_groups()]
+    optimizer = make_optimizer(training.optimizer, groups, training.learning_rate)
+    generator = torch.Generator().manual_seed(block.seed)
+    losses: list[float] = []
+    order: list[int] = []
+    frozen = [p for p in block.module.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        with _quantized_inputs(block):
+            for step in range(training.iterations):
+                order = order or torch.randperm(len(block), generator=generator).tolist()
+                batch = order.pop()
+                progress = step / training.iterations
+                for group in optimizer.param_groups:
+                    group["lr"] = training.learning_rate * group["lr_scale"] * (1 - progress)
+                loss = _loss(block, learned, batch)
+                regularizer = sum(weight.regularizer(progress) for weight in learned.values())
+                (loss + regularizer).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                optimizer.zero_grad()
+                for weight in learned.values():
+                    weight.constrain_()
+                losses.append(loss.item())
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    tenth = max(1, len(losses) // 10)
+    return (_mean(losses[:tenth]), _mean(losses[-tenth:])) if losses else (0.0, 0.0)
+
+
+def _loss(block: Block, learned: Mapping[str, LearnedWeight], batch: int) -> Tensor:
+    args, kwargs = block.arguments(batch)
+    output = block.output_of(functional_call(block.module, _parameters(block, learned), args, kwargs))
+    return torch.nn.functional.mse_loss(output, block.target(batch))
+
+
+def _parameters(block: Block, learned: Mapping[str, LearnedWeight]) -> dict[str, Tensor]:
+    """Parameter name -> its simulated values in the layer's own layout."""
+    parts: dict[str, list[Tensor]] = {}
+    owners = {}
+    for key, weight in learned.items():
+        matrix = block.matrices[key]
+        name = ".".join(part for part in (matrix.layer, matrix.parameter) if part)
+        parts.setdefault(name, []).append(weight())
+        owners[name] = matrix
+    return {
+        name: owners[name].skeleton.from_matrix(
+            owners[name].parameter, tensors[0] if owners[name].expert is None else torch.stack(tensors)
+        )
+        for name, tensors in parts.items()
+    }
+
+
+@contextmanager
+def _quantized_inputs(block: Block) -> Iterator[None]:
+    """Layers whose inputs will be quantized read them so while the block trains; gradients pass straight through."""
+    handles = []
+    for layer, matrix in {matrix.layer: matrix for matrix in block.matrices.values()}.items():
+        spec = matrix.layer_spec.activation
+        if spec is not None and matrix.skeleton.kind != "experts":
+            module = block.module.get_submodule(layer)
+            handles.append(module.register_forward_pre_hook(partial(_simulate, spec=spec)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _simulate(module: nn.Module, args: tuple[Tensor, ...], spec: ActivationSpec) -> tuple[Tensor, ...]:
+    x, *rest = args
+    with torch.no_grad():
+        codes, scale = quantize_tokens(x.reshape(-1, x.shape[-1]), spec)
+        values = (codes.float() * scale).reshape(x.shape)
+    return (x + (values - x).detach(), *rest)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

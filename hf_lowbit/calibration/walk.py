@@ -1,0 +1,280 @@
+"""The walk: block by block over a model, each calibrated on what the quantized blocks before it produce."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowbit.calibration.block import Block, Pack, PackedParameter
+from hf_lowbit.calibration.calls import Calls, Flow, NotAChain, capture, chain, probe
+from hf_lowbit.calibration.checkpoint import Checkpoint
+from hf_lowbit.calibration.parallel import agree, rank, share, wait_for_all
+from hf_lowbit.calibration.progress import Progress
+from hf_lowbit.calibration.stacks import Stack, find_stacks, layers_of, loose_layers
+from hf_lowbit.calibration.store import TensorStore
+from hf_lowbit.nn import KINDS, LayerSpec
+from hf_lowbit.plan import PlannedLayer, packed_modules, replace_module
+from hf_lowbit.rounding import round_to_nearest
+
+logger = logging.getLogger("hf_lowbit")
+
+Step = Callable[[Block], None]
+
+
+@dataclass
+class Walked:
+    """What the walk did.
+
+    Attributes:
+        parameters: full parameter name -> its error and adapter.
+        notes: full matrix name -> why it was not quantized as the method would have it.
+        layer_by_layer: planned layers outside every chain of blocks.
+    """
+
+    parameters: dict[str, PackedParameter] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    layer_by_layer: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A stack, with how its blocks hang together."""
+
+    stack: Stack
+    incoming: Sequence[int | None]
+    flows: Sequence[Flow]
+
+
+class Walk:
+    """One calibrated quantization of a model, in place.
+
+    Args:
+        model: float, in evaluation mode, on one device.
+        layers: name -> planned layer.
+        step: what a method does with a block; matrices that it leaves are rounded to nearest, and noted.
+        batches: keyword arguments of the model's forward.
+        pack: turns a matrix' codes into the packed parameter of its module.
+        targets: keep what the float model's blocks return, for :meth:`Block.target`.
+        checkpoint: where finished blocks are kept; None to keep none.
+        seed: handed to blocks.
+        limit: bytes of activations kept in memory; None for no limit.
+        folder: where the rest goes; None for the system's folder for temporary files.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, PlannedLayer],
+        step: Step,
+        batches: Sequence[dict[str, Any]],
+        pack: Pack,
+        *,
+        targets: bool = False,
+        checkpoint: Checkpoint | None = None,
+        seed: int = 0,
+        limit: int | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.layers, self.step, self.pack = model, dict(layers), step, pack
+        self.batches = share([_without_cache(model, batch) for batch in batches])
+        self.targets, self.checkpoint, self.seed, self.limit, self.folder = targets, checkpoint, seed, limit, folder
+        self.walked = Walked()
+
+    @torch.no_grad()
+    def run(self) -> Walked:
+        """Quantize everything that is planned."""
+        tables = self._take_tables()
+        units = self._units()
+        progress = Progress(sum(len(unit.stack.blocks) for unit in units))
+        with TensorStore(self.limit, self.folder) as store:
+            floats = [self._capture(unit, store) if self.targets else None for unit in units]
+            self._round_tables(tables)
+            for unit, calls in zip(units, floats, strict=True):
+                self._walk(unit, calls, store, progress)
+            if store.spilled:
+                logger.info("%d MB of activations were spilled to disk", store.spilled >> 20)
+        return self.walked
+
+    def _take_tables(self) -> dict[str, PlannedLayer]:
+        """Embeddings, and layers that share a weight with one: they are not calibrated."""
+        shared = {id(_weight(self.model, name)) for name, layer in self.layers.items() if layer.kind == "embedding"}
+        names = [name for name in self.layers if id(_weight(self.model, name)) in shared]
+        return {name: self.layers.pop(name) for name in names}
+
+    def _round_tables(self, tables: Mapping[str, PlannedLayer]) -> None:
+        """They come first: what follows sees them as they will be."""
+        owners: dict[int, nn.Module] = {}
+        for name, layer in tables.items():
+            weight = _weight(self.model, name)
+            if id(weight) not in owners:
+                owners[id(weight)] = self._round(name, layer, "an embedding, or tied to one: rounded to nearest")
+                continue
+            module = KINDS[layer.kind].from_float(self.model.get_submodule(name), layer.spec)
+            for key in module.companion_shapes("weight"):
+                setattr(module, key, getattr(owners[id(weight)], key))
+            replace_module(self.model, name, module)
+
+    def _round(self, name: str, layer: PlannedLayer, reason: str) -> nn.Module:
+        """Round a layer without calibration."""
+        module = KINDS[layer.kind].from_float(self.model.get_submodule(name), layer.spec)
+        for parameter in module.packed_parameters:
+            weight = getattr(module, parameter)
+            packed = round_to_nearest(module.to_matrix(parameter, weight), module.layer_spec.weight)
+            self.walked.parameters[f"{name}.{parameter}"] = self.pack(module, parameter, weight, packed, name)
+            self.walked.notes[f"{name}.{parameter}"] = reason
+        replace_module(self.model, name, module)
+        return module
+
+    def _units(self) -> list[_Unit]:
+        """Stacks in the order in which the model calls them; layers that no chain of blocks holds are stacks of one."""
+        stacks = find_stacks(self.model, self.layers)
+        names = [*(block for stack in stacks for block in stack.blocks), *self.layers]
+        first = {key: value[:1] if isinstance(value, Tensor) else value for key, value in self.batches[0].items()}
+        order, seen, repeated = probe(self.model, first, list(dict.fromkeys(names)))
+        units: list[_Unit] = []
+        for stack in stacks:
+            try:
+                if again := repeated & set(stack.blocks):
+                    raise NotAChain(f"{min(again)} is called more than once")
+                units.append(_Unit(stack, *chain(stack.blocks, seen)))
+            except NotAChain as problem:
+                logger.warning("%s: its layers are calibrated one by one", problem)
+        chained = [unit.stack for unit in units]
+        for layer in loose_layers(chained, self.layers):
+            if layer in seen:
+                units.append(_Unit(Stack((layer,)), [None], []))
+                self.walked.layer_by_layer.append(layer)
+            else:
+                self._round(layer, self.layers.pop(layer), "not called on the calibration data: rounded to nearest")
+        if self.walked.layer_by_layer:
+            logger.info("outside chains of blocks, calibrated one by one: %s", ", ".join(self.walked.layer_by_layer))
+        return sorted(units, key=lambda unit: order.index(unit.stack.blocks[0]))
+
+    def _capture(self, unit: _Unit, store: TensorStore) -> Calls:
+        return capture(self.model, unit.stack.blocks, self.batches, unit.incoming, unit.flows, store)
+
+    def _walk(self, unit: _Unit, floats: Calls | None, store: TensorStore, progress: Progress) -> None:
+        calls = self._capture(unit, store)
+        inputs, targets = calls.inputs, list(floats.inputs) if floats is not None else []
+        for index, name in enumerate(unit.stack.blocks):
+            last = index == len(unit.stack.blocks) - 1
+            module = self.model.get_submodule(name)
+            types = {id(p): p.dtype for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()}
+            kept = {key: types[id(p)] for key, p in _floats(module)}
+            module.float()
+            if floats is not None:
+                targets = self._advance(floats, index, module, targets, store)
+            layers = {
+                layer[len(name) + 1 :]: self.layers[layer] for layer in layers_of(name, self.layers)
+            }  # "" is the block itself
+            block = Block(name, module, layers, calls, index, store, inputs, targets, self.pack, self.seed)
+            restored = self.checkpoint.load(name) if self.checkpoint is not None else None
+            wait_for_all()  # before any process can have written this block
+            if restored is None:
+                self._quantize(block)
+            else:
+                self._restore(block, *restored)
+            if block.module is not module:
+                replace_module(self.model, name, block.module)
+            _round_trip(block.module, kept)
+            if not last:
+                inputs = self._advance(calls, index, block.module, inputs, store)
+            _restore_types(block.module, kept)
+            self._account(block, restored is not None)
+            progress.step(name, restored is not None)
+        for key in (*inputs, *targets):
+            store.drop(key)
+
+    def _quantize(self, block: Block) -> None:
+        self.step(block)
+        for key in block.unpacked:
+            block.round_to_nearest(key, block.notes.get(key, "the method left it: rounded to nearest"))
+        for tensor in block.module.state_dict().values():
+            agree(tensor)
+
+    def _advance(self, calls: Calls, index: int, module: nn.Module, keys: list[int], store: TensorStore) -> list[int]:
+        """The module's outputs on all batches, in the place of what flowed in."""
+        outputs = []
+        for batch in range(len(calls)):
+            flowing = store.get(keys[batch]) if keys else None
+            args, kwargs = calls.arguments(batch, index, flowing, torch.float32)
+            output = calls.output(index, module(*args, **kwargs))
+            if keys:
+                store.replace(keys[batch], output)
+            outputs.append(keys[batch] if keys else store.put(output))
+        return outputs
+
+    def _account(self, block: Block, restored: bool) -> None:
+        notes = {f"{block.name}.{key}" if key else block.name: why for key, why in block.notes.items()}
+        self.walked.parameters.update(block.done)
+        self.walked.notes.update(notes)
+        if self.checkpoint is None or restored or rank() != 0:
+            return
+        tensors = dict(block.module.state_dict())
+        specs = {name: module.layer_spec.to_dict() for name, module in packed_modules(block.module).items()}
+        for parameter, done in block.done.items():
+            if done.adapter is not None:
+                tensors |= {f"adapter:{parameter}:{part}": t for part, t in zip("ab", done.adapter, strict=True)}
+        errors = {parameter: done.error for parameter, done in block.done.items()}
+        self.checkpoint.save(block.name, tensors, {"specs": specs, "errors": errors, "notes": block.notes})
+
+    def _restore(self, block: Block, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Take a block from an earlier run."""
+        for name, values in facts["specs"].items():
+            layer = self.layers[".".join(part for part in (block.name, name) if part)]
+            module = KINDS[layer.kind].from_float(block.module.get_submodule(name), LayerSpec.from_dict(values))
+            for parameter in module.packed_parameters:
+                module.allocate(parameter, packed=True)
+            if name:
+                replace_module(block.module, name, module)
+            else:
+                block.module = module
+        adapters = {name: tensors.pop(name) for name in list(tensors) if name.startswith("adapter:")}
+        block.module.load_state_dict({name: tensor.to(block.device) for name, tensor in tensors.items()})
+        block.notes = facts["notes"]
+        for parameter, error in facts["errors"].items():
+            a, b = adapters.get(f"adapter:{parameter}:a"), adapters.get(f"adapter:{parameter}:b")
+            block.done[parameter] = PackedParameter(error, None if a is None or b is None else (a, b))
+
+
+def _without_cache(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch on the model's device, and no key-value cache: it would be kept for every block."""
+    import inspect
+
+    device = next(model.parameters()).device
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    moved = {
+        key: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+    accepted = inspect.signature(model.forward).parameters
+    return {**moved, "use_cache": False} if "use_cache" in accepted else moved
+
+
+def _weight(model: nn.Module, name: str) -> Tensor | None:
+    weight: Tensor | None = getattr(model.get_submodule(name), "weight", None)
+    return weight
+
+
+def _floats(module: nn.Module) -> list[tuple[str, Tensor]]:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
+
+
+def _round_trip(module: nn.Module, types: Mapping[str, torch.dtype]) -> None:
+    """Floats that stay floats take the values they will have in the model's own type."""
+    for name, tensor in _floats(module):
+        if name in types:
+            tensor.data = tensor.data.to(types[name]).float()
+
+
+def _restore_types(module: nn.Module, types: Mapping[str, torch.dtype]) -> None:
+    for name, tensor in _floats(module):
+        if name in types:
+            tensor.data = tensor.data.to(types[name])

@@ -1,0 +1,161 @@
+"""The engine of calibrated methods, behind quantize() and from_pretrained: data, plan, walk, account."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowbit.calibration.block import PackedParameter
+from hf_lowbit.calibration.checkpoint import Checkpoint, fingerprint_of
+from hf_lowbit.calibration.data import CalibrationData, prepare_data
+from hf_lowbit.calibration.parallel import processes
+from hf_lowbit.calibration.peak import predict_peak
+from hf_lowbit.calibration.store import default_limit
+from hf_lowbit.calibration.walk import Walk
+from hf_lowbit.config import LowbitConfig
+from hf_lowbit.formats import PackedTensor
+from hf_lowbit.integrations.finish import finish_quantization, library_versions
+from hf_lowbit.integrations.loading import model_facts, processing_of
+from hf_lowbit.method import Recipe
+from hf_lowbit.nn import PackedModule
+from hf_lowbit.plan import Plan, build_plan, replace_modules
+from hf_lowbit.state import shared_weights
+from hf_lowbit.tensorwise import Outcome, pack_parameter
+from hf_lowbit.testbed.cache import cache_home
+
+logger = logging.getLogger("hf_lowbit")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one calibration runs.
+
+    Attributes:
+        undo: keep the float layers until the end, so that a failure leaves the model as it was.
+        folder: where finished blocks are kept for a run that is killed; None for one in the cache, named by the run's
+            fingerprint.
+        resume: take the blocks of an earlier run of the same model, config and data.
+    """
+
+    undo: bool = True
+    folder: Path | None = None
+    resume: bool = True
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run = Run()) -> None:
+    """Quantize a float model in place with a calibrated method.
+
+    Raises:
+        PlanError, DataError, ResumeError: before any weight is changed.
+        QuantizationError: a layer that could not be quantized.
+    """
+    assert recipe.calibrate is not None
+    started = time.monotonic()
+    plan = build_plan(model, config, model_facts(model, shared_weights(model)))
+    for warning in plan.warnings:
+        logger.warning(warning)
+    was_training = model.training
+    model.eval()
+    data = _prepare(model, config)
+    checkpoint = _checkpoint(model, config, data, run)
+    limit = default_limit()
+    logger.info("%s", predict_peak(model, plan.layers, data.batches, recipe.targets, limit))
+    original_bits = 8 * next(p.element_size() for p in model.parameters() if p.is_floating_point())
+    rank = config.low_rank.rank if config.low_rank is not None and config.low_rank.keep == "adapter" else 0
+
+    def pack(module: PackedModule, parameter: str, weight: Tensor, packed: PackedTensor, where: str) -> PackedParameter:
+        return pack_parameter(module, parameter, weight, packed, where, rank)
+
+    restore = _snapshot(model, plan) if run.undo else None
+    try:
+        walk = Walk(
+            model, plan.layers, recipe.calibrate, data.batches, pack,
+            targets=recipe.targets, checkpoint=checkpoint, seed=config.seed, limit=limit,
+            folder=None if checkpoint is None else checkpoint.folder.parent,
+        )  # fmt: skip
+        walked = walk.run()
+        config.provenance = {**config.provenance, **_provenance(data, config)}
+        plan.warnings += [f"{name}: {why}" for name, why in walked.notes.items()]
+        outcome = Outcome(
+            {name: done.error for name, done in walked.parameters.items()},
+            {name.rpartition(".")[0]: done.adapter for name, done in walked.parameters.items() if done.adapter},
+            original_bits,
+        )
+        finish_quantization(model, config, plan, outcome, time.monotonic() - started)
+    except BaseException:
+        if restore is not None:
+            restore()
+        raise
+    finally:
+        model.train(was_training)
+    if checkpoint is not None:
+        checkpoint.finish()
+
+
+def _prepare(model: nn.Module, config: LowbitConfig) -> CalibrationData:
+    data = prepare_data(
+        config.dataset, model, lambda: processing_of(model),
+        num_samples=config.num_samples, sequence_length=config.sequence_length, seed=config.seed,
+    )  # fmt: skip
+    logger.info("calibrating on %s: %d batches, %d tokens", data.description, len(data.batches), data.tokens)
+    if data.sample:
+        logger.info("a sample of it: %r", data.sample)
+    return data
+
+
+def _checkpoint(model: nn.Module, config: LowbitConfig, data: CalibrationData, run: Run) -> Checkpoint:
+    request = config.copy_with_data(None).to_dict()
+    request.pop("provenance", None)  # where the model lies does not decide its bits
+    facts = {
+        "config": request,
+        "data": data.fingerprint,
+        "threads": torch.get_num_threads(),
+        "device": str(next(model.parameters()).device),
+        "processes": processes(),
+        "versions": library_versions(),
+    }
+    fingerprint = fingerprint_of(model.state_dict().items(), facts)
+    folder = run.folder or cache_home().parent / "resume" / fingerprint[:24]
+    checkpoint = Checkpoint(folder, fingerprint, run.resume)
+    if checkpoint.finished:
+        logger.info("%d finished blocks are taken from %s", checkpoint.finished, folder)
+    else:
+        logger.info("finished blocks are kept in %s until the run is complete", folder)
+    return checkpoint
+
+
+def _provenance(data: CalibrationData, config: LowbitConfig) -> dict[str, Any]:
+    return {
+        "data": data.description,
+        "data_sha256": data.fingerprint,
+        "num_samples": config.num_samples,
+        "sequence_length": config.sequence_length,
+    }
+
+
+def _snapshot(model: nn.Module, plan: Plan) -> Callable[[], None]:
+    """What puts a model back as it was: its layers, and every float tensor in its own type."""
+    originals = {name: model.get_submodule(name) for name in plan.layers}
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    # a block in float32 is worked on in place; of other types the originals are left alone
+    values = [t.data.clone() if t.dtype == torch.float32 else t.data for t in tensors]
+
+    def restore() -> None:
+        replace_modules(model, originals)
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.data = value
+
+    return restore
+
+
+def calibrate_loaded(model: nn.Module, config: LowbitConfig, recipe: Recipe) -> None:
+    """For from_pretrained: the float model is nobody's yet, so that nothing needs to be undone."""
+    calibrate(model, config, recipe, Run(undo=False))

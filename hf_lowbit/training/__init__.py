@@ -1,0 +1,1 @@
+"""What training in low precision needs: optimizers, straight-through functions, losses."""
