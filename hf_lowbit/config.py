@@ -18,7 +18,9 @@ from hf_lowbit.plan import PlanError, check_entries
 from hf_lowbit.plan.patterns import check_patterns, first_match
 
 FORMAT_VERSION = 1
-_FORMAT_FIELDS = ("format", "bits", "group_size", "symmetric", "scale_dtype", "packing", "exponent", "codebook")
+_FORMAT_FIELDS = (
+    "format", "bits", "group_size", "symmetric", "scale_dtype", "packing", "exponent", "codebook", "real_zero_point",
+)  # fmt: skip
 _ACTIVATION_FIELDS = ("activation_bits", "activation_format")
 _RUNTIME_FIELDS = ("dataset",)  # never written: a config holds no data
 _STORED_FIELDS = ("plan", "provenance")
@@ -67,8 +69,9 @@ class LowbitConfig(QuantizationConfigMixin):
     """Fields that every method shares. Unknown and out-of-range fields raise :class:`ConfigError`.
 
     Attributes:
-        format, bits, group_size, symmetric, scale_dtype, packing, exponent, codebook: the weights' number format and
-            granularity (:class:`hf_lowbit.formats.WeightSpec`); bits=None takes the format's own width.
+        format, bits, group_size, symmetric, scale_dtype, packing, exponent, codebook, real_zero_point: the weights'
+            number format and granularity (:class:`hf_lowbit.formats.WeightSpec`); bits=None takes the format's own
+            width.
         activation_bits, activation_format: dynamic per-token quantization of inputs: 4, 6 or 8 bits of "int"
             (the default format when bits are given), or "float8_e4m3fn". None: full precision.
         quantize_embeddings, quantize_lm_head: also pack these; either one packs both where they are tied.
@@ -85,6 +88,7 @@ class LowbitConfig(QuantizationConfigMixin):
     """
 
     quant_method: ClassVar[MethodName] = MethodName("lowbit")  # type: ignore[misc,assignment]
+    searches_exponent: ClassVar[bool] = False  # whether the method finds the exponent of "power" where none is given
 
     format: str = "int"
     bits: int | None = None
@@ -94,6 +98,7 @@ class LowbitConfig(QuantizationConfigMixin):
     packing: str = "dense"
     exponent: float | None = None
     codebook: list[float] | None = None
+    real_zero_point: bool = False
     activation_bits: int | None = None
     activation_format: str | None = None
     quantize_embeddings: bool = False
@@ -156,7 +161,7 @@ class LowbitConfig(QuantizationConfigMixin):
             raise ConfigError(f"{type(self).__name__}: provenance must be a dictionary, not {self.provenance!r}")
         if type(self.seed) is not int:
             raise ConfigError(f"{type(self).__name__}: seed must be an integer, not {self.seed!r}")
-        flags = ("symmetric", "quantize_embeddings", "quantize_lm_head", "strict_groups")
+        flags = ("symmetric", "real_zero_point", "quantize_embeddings", "quantize_lm_head", "strict_groups")
         for name in flags:
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{type(self).__name__}: {name} must be True or False, not {getattr(self, name)!r}")
@@ -178,9 +183,13 @@ class LowbitConfig(QuantizationConfigMixin):
     def _layer_spec(self, overrides: dict[str, Any]) -> LayerSpec:
         values = {name: getattr(self, name) for name in (*_FORMAT_FIELDS, *_ACTIVATION_FIELDS)}
         if overrides.get("format", self.format) != self.format:  # parameters of another format do not carry over
-            values.update(exponent=None, codebook=None, packing="dense")
+            values.update(exponent=None, codebook=None, packing="dense", real_zero_point=False)
             values["bits"] = default_bits(overrides["format"], overrides.get("codebook"))
+        if overrides.get("symmetric"):  # nor do those of a zero point without one
+            values["real_zero_point"] = False
         values.update(overrides)
+        if values["format"] == "int" and values["bits"] == 1 and not values["symmetric"]:
+            values["real_zero_point"] = False  # that of one bit is real anyway
         activation_bits, activation_format = (values.pop(name) for name in _ACTIVATION_FIELDS)
         activation = None
         if activation_bits is not None or activation_format is not None:
@@ -188,7 +197,10 @@ class LowbitConfig(QuantizationConfigMixin):
             name = "int" if activation_format is None else activation_format
             activation = ActivationSpec("float8_e4m3fn" if name == "fp_e4m3fn" else name, bits)
         rank = self.low_rank.rank if self.low_rank is not None and self.low_rank.keep == "branch" else 0
-        return LayerSpec(WeightSpec(**values), activation, rank)
+        weight = WeightSpec(**values)
+        if weight.is_open and not self.searches_exponent:
+            weight.number_format  # noqa: B018  raises: the method cannot complete it
+        return LayerSpec(weight, activation, rank)
 
     def to_dict(self) -> dict[str, Any]:
         """What is stored: fields that differ from their defaults, format version and plan; never data."""

@@ -153,7 +153,11 @@ def _make_format(name: str, bits: int, exponent: float | None, codebook: tuple[f
         return NumberFormat(name, bits, tables.normal_float(bits))
     if name == "power":
         _check_bits(name, bits, 2, 8)
-        if exponent is None or not 0 < exponent <= 4:
+        if exponent is None:
+            raise ValueError(
+                "format 'power' needs an exponent: give exponent=a, or take a method that searches it, such as nupes"
+            )
+        if not 0 < exponent <= 4:
             raise ValueError(f"format 'power' needs an exponent with 0 < exponent <= 4, got {exponent}")
         return NumberFormat(name, bits, tables.power(bits, exponent))
     if name == "codebook":

@@ -30,9 +30,12 @@ class WeightSpec:
 
     Attributes:
         format, bits, exponent, codebook: the number format (see :func:`hf_lowbit.formats.get_format`); a codebook
-            of None is fitted to the tensor and stored with it.
+            of None is fitted to the tensor and stored with it; an exponent of None is still to be searched
+            (:attr:`is_open`).
         group_size: g weights along the input share a scale; None: a whole row; "tensor": all of it.
         symmetric: False adds a zero point per scale, w = scale * (table[code] - zero_point).
+        real_zero_point: asymmetric integers of more than one bit: store the zero point as a real number of
+            ``scale_dtype``, as other tables do, and not as an integer of their own width.
         scale_dtype: bfloat16, float16 or float32; stored as its integer bit pattern.
         packing: "dense", or "base3" (five per byte) for ternary.
         json: :meth:`to_dict` as text, made once: traced code cannot make it.
@@ -46,6 +49,7 @@ class WeightSpec:
     packing: str = "dense"
     exponent: float | None = None
     codebook: tuple[float, ...] | None = None
+    real_zero_point: bool = False
     json: ClassVar[str]  # of each instance; not a field
 
     def __post_init__(self) -> None:
@@ -54,6 +58,7 @@ class WeightSpec:
             raise SpecError(f"bits must be an integer, not {self.bits!r}")
         if type(self.symmetric) is not bool:
             raise SpecError(f"symmetric must be True or False, not {self.symmetric!r}")
+        self._check_zero_point()
         if self.group_size == -1:
             raise SpecError("group_size=-1 is not accepted; use None for one scale per row")
         is_count = type(self.group_size) is int and self.group_size > 0
@@ -74,7 +79,7 @@ class WeightSpec:
                 raise SpecError(f"format 'codebook' allows 1 to 8 bits, not bits={self.bits}")
         else:
             try:
-                get_format(self.format, self.bits, self.exponent, self.codebook)
+                get_format(self.format, self.bits, 1.0 if self.is_open else self.exponent, self.codebook)
             except ValueError as error:
                 raise SpecError(str(error)) from None
         object.__setattr__(self, "json", json.dumps(self.to_dict()))
@@ -92,6 +97,24 @@ class WeightSpec:
                 raise SpecError(f"codebook must be a list of numbers, not {self.codebook!r}")
             object.__setattr__(self, "codebook", tuple(float(value) for value in self.codebook))
 
+    def _check_zero_point(self) -> None:
+        if type(self.real_zero_point) is not bool:
+            raise SpecError(f"real_zero_point must be True or False, not {self.real_zero_point!r}")
+        if not self.real_zero_point:
+            return
+        if self.format != "int" or self.bits == 1:
+            what = "format 'int' with one bit" if self.format == "int" else f"format {self.format!r}"
+            raise SpecError(
+                f"real_zero_point=True is for format 'int' with 2 to 8 bits; the zero points of {what} are real anyway"
+            )
+        if self.symmetric:
+            raise SpecError("real_zero_point=True needs symmetric=False: symmetric formats have no zero point")
+
+    @property
+    def is_open(self) -> bool:
+        """True while the exponent of ``power`` is still to be searched: shapes are known, the number format is not."""
+        return self.format == "power" and self.exponent is None
+
     @property
     def has_fitted_table(self) -> bool:
         """True when the table belongs to the tensor and is stored with it (companion ``weight_table``)."""
@@ -99,13 +122,13 @@ class WeightSpec:
 
     @property
     def number_format(self) -> NumberFormat:
-        """The format this spec names. Raises ValueError when the table is fitted per tensor."""
+        """The format this spec names. Raises ValueError when the table is fitted per tensor, or is still open."""
         return get_format(self.format, self.bits, self.exponent, self.codebook)
 
     @property
     def has_integer_zero_point(self) -> bool:
-        """Integer grids have integer zero points, packed like codes; other tables have a real one."""
-        return not self.symmetric and self.format == "int" and self.bits > 1
+        """Integer grids have integer zero points, packed like codes, unless asked otherwise; other tables real ones."""
+        return not self.symmetric and self.format == "int" and self.bits > 1 and not self.real_zero_point
 
     def groups(self, columns: int) -> int:
         """Scales per row of ``columns`` inputs. Raises SpecError when the group does not divide the row."""

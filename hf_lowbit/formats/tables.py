@@ -82,7 +82,7 @@ def ternary() -> Tensor:
 def power(bits: int, exponent: float) -> Tensor:
     """Power quantizer with row-max normalisation: sign(k) (|k| / qmax)^(1/a), qmax = 2^(b-1)-1.
 
-    PowerQuant (ICLR 2023) and NUPES (arXiv 2308.05600) with 0 < a <= 1.2; the row-max form is our equivalent
+    PowerQuant (arXiv 2301.09858) and NUPES (arXiv 2308.05600) with 0 < a <= 1.2; the row-max form is our equivalent
     rewriting of their per-channel scale. The code -2^(b-1) lies outside their range and repeats the value -1.
     """
     qmax = 2 ** (bits - 1) - 1

@@ -41,6 +41,11 @@ def finish_quantization(model: nn.Module, config: LowbitConfig, plan: Plan, outc
             f"{', '.join(missing[:10])}"
         )
     # a method may have completed the specifications, as with an exponent that it searched
+    closed = [module for module in modules.values() if not module.layer_spec.weight.is_open]
+    completed = {id(getattr(m, name)): m.layer_spec for m in closed for name in m.packed_parameters}
+    for module in modules.values():
+        if module.layer_spec.weight.is_open:  # tied to one that was completed
+            module.layer_spec = completed[id(getattr(module, module.packed_parameters[0]))]
     plan.layers = {name: replace(layer, spec=modules[name].layer_spec) for name, layer in plan.layers.items()}
     config.plan = plan.to_list()
     report = describe(model, str(config.quant_method).removeprefix("lowbit_"))

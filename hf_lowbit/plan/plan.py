@@ -104,6 +104,9 @@ def _read_entry(entry: Any) -> tuple[PlannedLayer, list[str]]:
     if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
         raise PlanError(f"a layer of a plan lists its modules by name, not {modules!r}")
     try:
-        return PlannedLayer(str(kind), LayerSpec.from_dict(values)), modules
+        layer = PlannedLayer(str(kind), LayerSpec.from_dict(values))
+        if layer.spec.weight.is_open:
+            raise SpecError("its number format lacks a parameter that the method should have found")
+        return layer, modules
     except (SpecError, TypeError) as error:
         raise PlanError(f"the plan's entry for {', '.join(modules)} cannot be read: {error}") from None

@@ -2,6 +2,13 @@
 
 Minimises tr((W - Q) H (W - Q)^T) greedily: with U the upper Cholesky factor of H^-1, the error e_i = (w_i - q_i) / U_ii
 of column i is taken from the later columns j as e_i U_ij. The sum of all e^2 is that trace, with H as it was damped.
+
+Conventions:
+ - U is the inverse of the upper M with H = M M^T: one factorisation instead of two, as accurate [ours];
+ - inputs that are always zero get the mean of the other diagonal elements, so that the scale of H does not matter
+   [ours; the authors' code sets them to 1];
+ - groups that are fitted on the way see every error so far, also those of their own block [ours; the authors' code
+   leaves those out].
 """
 
 from __future__ import annotations
@@ -13,11 +20,10 @@ from torch import Tensor
 
 from hf_lowbit.formats import NumberFormat, PackedTensor, WeightSpec
 from hf_lowbit.rounding.clip import GridFit, fit_range
-from hf_lowbit.rounding.codebook import fit_codebook
-from hf_lowbit.rounding.grid import Grid, RoundingError
-from hf_lowbit.rounding.store import to_packed
+from hf_lowbit.rounding.grid import Grid, RoundingError, nearest_values, nonzero
+from hf_lowbit.rounding.store import format_for, to_groups, to_packed
 
-_MOST_DAMPING = 1.0
+_LEAST_DAMPING, _MOST_DAMPING = 1e-3, 1.0  # what failures of the factorisation raise it to
 
 
 class CholeskyError(RoundingError):
@@ -49,137 +55,167 @@ def gptq(
     grid_fit: GridFit = fit_range,
     static_groups: bool = True,
 ) -> GPTQResult:
-    """Round a matrix.
+    """Round a matrix, in float32, or in float64 if it is that.
 
     Args:
         weight: float ``[rows, columns]``.
+        spec: any number format and granularity; its group must divide the columns.
         hessian: ``[columns, columns]``, mean of x x^T over tokens; its scale does not matter.
         damping: share of the mean diagonal added to the diagonal.
         act_order: columns with the largest diagonal first; codes stay where their columns are.
-        block_size: columns between two updates of all later ones.
-        grid_fit: how a group's grid is found.
+        block_size: columns between two updates of all later ones; it changes speed, not the result.
+        grid_fit: how a group's grid is found; it is handed the diagonal of the Hessian.
         static_groups: fit all grids to the original weights; else each to the weights as they are when it is reached.
 
     Raises:
-        RoundingError: NaN or infinite values, or act_order with groups fitted on the way.
+        RoundingError: NaN or infinite values, a Hessian of another shape, scales that ``spec.scale_dtype`` cannot
+            hold, or act_order with groups fitted on the way.
         CholeskyError: no damping up to 1 helps.
     """
     if act_order and not static_groups:
         raise RoundingError("act_order needs static_groups=True: groups lie along the stored columns")
+    if hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise RoundingError(f"a weight of {weight.shape[1]} columns has no Hessian of {tuple(hessian.shape)}")
     if not bool(torch.isfinite(hessian).all()):
         raise RoundingError("the Hessian holds NaN or infinite values")
+    if not bool(torch.isfinite(weight).all()):
+        raise RoundingError("the weight holds NaN or infinite values")
     precision = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    work, h = weight.to(precision).clone(), hessian.to(precision).clone()
-    dead = h.diagonal() == 0
-    work[:, dead] = 0
-    h.diagonal()[dead] = 1
-    table = fit_codebook(work.float(), spec) if spec.has_fitted_table else None
-    number_format = spec.number_format if table is None else NumberFormat("codebook", spec.bits, table)
-    grids = _Grids(work, spec, number_format, h.diagonal(), grid_fit, static_groups)
-    order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else None
-    if order is not None:
-        work, h = work[:, order], h[order][:, order]
-    factor, used = _inverse_factor(h, damping)
-    codes, loss = _columns(work, factor, grids, order, block_size)
-    if order is not None:
-        codes = codes[:, torch.argsort(order)]
-    return GPTQResult(to_packed(codes, grids.grid, spec, number_format, table), loss, used)
+    h = hessian.to(weight.device, precision, copy=True)
+    power = h.diagonal().clone()
+    dead = power == 0
+    h.diagonal()[dead] = 1.0 if bool(dead.all()) else power[~dead].mean()
+    work = weight.to(precision).masked_fill(dead, 0)
+    number_format, table = format_for(work, spec)
+    order = torch.argsort(power, descending=True, stable=True) if act_order else None
+    factor, used = _inverse_factor(h if order is None else h[order][:, order], damping)
+    static = static_groups or spec.groups(work.shape[1]) == 1
+    fit = _Fit(grid_fit, spec, number_format, power)
+    grid = fit.whole(work) if static else Grid(*(work.new_zeros(2, work.shape[0], spec.groups(work.shape[1])).float()))
+    codes, loss = _round_columns(work, factor, grid, number_format, order, block_size, None if static else fit)
+    return GPTQResult(to_packed(codes, grid, spec, number_format, table), loss, used)
 
 
-class _Grids:
-    """The grid of every column, and how a column is rounded to it."""
+class _Fit(NamedTuple):
+    """How grids are fitted, with the mean square of each column's input."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        spec: WeightSpec,
-        number_format: NumberFormat,
-        importance: Tensor,
-        fit: GridFit,
-        static: bool,
-    ) -> None:
-        self._spec, self._format, self._fit = spec, number_format, fit
-        rows, columns = weight.shape
-        self.groups = spec.groups(columns)
-        self.size = columns // self.groups
-        self.per_tensor = spec.group_size == "tensor"
-        self._importance = importance.float().reshape(self.groups, -1)
-        self.static = static or self.groups == 1
-        self.grid = self._whole(weight) if self.static else Grid(*(weight.new_zeros(2, rows, self.groups).float()))
-        self._integers = number_format.is_integer_grid
-        self._low, self._high = number_format.table[0].item(), number_format.table[-1].item()
+    fit: GridFit
+    spec: WeightSpec
+    number_format: NumberFormat
+    power: Tensor
 
-    def _whole(self, weight: Tensor) -> Grid:
-        shape = (1, 1, -1) if self.per_tensor else (weight.shape[0], self.groups, -1)
-        importance = None if self.per_tensor else self._importance
-        grid = self._fit(weight.float().reshape(shape), self._spec, self._format, importance)
-        return grid
+    def whole(self, weight: Tensor) -> Grid:
+        """All groups of ``[rows, columns]``."""
+        groups = self.spec.groups(weight.shape[1])
+        grouped = weight.float().reshape(1, 1, -1) if self.spec.group_size == "tensor" else to_groups(weight, self.spec)
+        return self.fit(grouped, self.spec, self.number_format, self.power.float().reshape(groups, -1))
 
-    def refit(self, group: int, weights: Tensor) -> None:
-        """Fit one group to its current weights ``[rows, g]``."""
-        importance = self._importance[group : group + 1]
-        grid = self._fit(weights.float().unsqueeze(1), self._spec, self._format, importance)
-        self.grid.scale[:, group], self.grid.zero_point[:, group] = grid.scale[:, 0], grid.zero_point[:, 0]
-
-    def round(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(uint8 codes, table values) of a column in table units."""
-        if self._integers:
-            nearest = values.round().clamp_(self._low, self._high)
-            return (nearest - self._low).to(torch.uint8), nearest
-        codes = self._format.encode(values)
-        return codes, self._format.decode(codes)
+    def group(self, weight: Tensor, columns: slice) -> Grid:
+        """One group ``[rows, g]``, which covers these columns."""
+        return self.fit(weight.float().unsqueeze(1), self.spec, self.number_format, self.power[columns].float()[None])
 
 
 def _inverse_factor(h: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper Cholesky factor of the inverse of the damped H, and the damping that was needed."""
-    mean = h.diagonal().mean()
+    """Upper Cholesky factor of the inverse of the damped H, and the damping that was needed.
+
+    What float32 cannot factorise, float64 may: it is tried before more damping is.
+    """
+    mean, identity = h.diagonal().mean(), torch.eye(len(h), dtype=h.dtype, device=h.device)
     while True:
-        damped = h.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(torch.isfinite(factor).all()):
-            return factor, damping
+        for precision in dict.fromkeys((h.dtype, torch.float64)):
+            damped = h.to(precision, copy=True)
+            damped.diagonal().add_(damping * mean)
+            reverse, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            if failed:
+                continue
+            factor = torch.linalg.solve_triangular(reverse.flip(0, 1), identity.to(precision), upper=True).to(h.dtype)
+            if bool(torch.isfinite(factor).all()):
+                return factor, damping
         if damping >= _MOST_DAMPING:
             raise CholeskyError(f"its Hessian is not positive definite even with damping={damping:g}")
-        damping = min(10 * damping, _MOST_DAMPING)
+        damping = min(max(10 * damping, _LEAST_DAMPING), _MOST_DAMPING)
 
 
-def _columns(
-    work: Tensor, factor: Tensor, grids: _Grids, order: Tensor | None, block_size: int
+def _round_columns(
+    weight: Tensor,
+    factor: Tensor,
+    grid: Grid,
+    number_format: NumberFormat,
+    order: Tensor | None,
+    block_size: int,
+    fit: _Fit | None,
 ) -> tuple[Tensor, float]:
-    """Codes ``[rows, columns]`` in the order of ``work``, and the loss. Works on columns as rows: they are contiguous."""
-    rows, columns = work.shape
-    work = work.t().contiguous()
+    """Codes ``[rows, columns]`` and the loss.
+
+    Columns are visited in ``order``, which is that of ``factor``; grid and codes are in the stored one. ``fit`` fills
+    the grid in on the way. The working copy is transposed: its columns are contiguous.
+    """
+    rows, columns = weight.shape
+    work = (weight if order is None else weight[:, order]).t().contiguous()
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=work.device)
-    group_of = (torch.arange(columns) if order is None else order.cpu()).div(grids.size, rounding_mode="floor").tolist()
-    diagonal = factor.diagonal().tolist()
-    if not grids.static:  # whole groups in a block: a group is fitted to weights that carry all errors so far
-        block_size = grids.size * max(1, block_size // grids.size)
-    loss = 0.0
-    scale, zero, inverse = _by_group(grids, work.dtype)
-    for start in range(0, columns, block_size):
-        end = min(start + block_size, columns)
-        errors = torch.empty(end - start, rows, dtype=work.dtype, device=work.device)
-        for column in range(start, end):
-            group = group_of[column]
-            if not grids.static and column % grids.size == 0:
-                grids.refit(group, work[column : column + grids.size].t())
-                scale, zero, inverse = _by_group(grids, work.dtype)
-            w = work[column]
-            codes[column], values = grids.round(torch.addcmul(zero[group], w, inverse[group]).float())
-            error = torch.addcmul(w, values - zero[group], scale[group], value=-1).div_(diagonal[column])
-            errors[column - start] = error
-            if column + 1 < end:
-                work[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
+    size = columns // grid.scale.shape[1]
+    group_of = (torch.arange(columns) if order is None else order.cpu()).div(size, rounding_mode="floor").tolist()
+    diagonal, loss = factor.diagonal().tolist(), work.new_zeros((), dtype=torch.float64)
+    rounder = _Rounder(grid, number_format, rows, work.dtype)
+    for start, end in _blocks(columns, block_size, None if fit is None else size):
+        if fit is not None and start % size == 0:
+            group = start // size
+            fitted = fit.group(work[start : start + size].t(), slice(start, start + size))
+            grid.scale[:, group], grid.zero_point[:, group] = fitted.scale[:, 0], fitted.zero_point[:, 0]
+            rounder.refresh(group)
+        values, errors = torch.empty_like(work[start:end]), torch.empty_like(work[start:end])
+        own = factor[start:end, start:end]
+        for i, (w, value, error) in enumerate(zip(work[start:end], values, errors, strict=True)):
+            rounder.round(w, group_of[start + i], value, error)
+            error.div_(diagonal[start + i])
+            if start + i + 1 < end:
+                work[start + i + 1 : end].addr_(own[i, i + 1 :], error, alpha=-1)
+        codes[start:end] = number_format.encode(values)
+        loss += errors.square().sum()
         work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
-        loss += float(errors.square().sum())
-    return codes.t(), loss
+    if order is not None:
+        codes = codes[torch.argsort(order)]
+    return codes.t(), float(loss)
 
 
-def _by_group(grids: _Grids, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale, zero point and inverse scale as contiguous ``[groups, rows or 1]``."""
-    scale = grids.grid.scale.t().contiguous().to(dtype)
-    zero = grids.grid.zero_point.t().contiguous().to(dtype)
-    return scale, zero, torch.where(scale == 0, torch.ones_like(scale), scale).reciprocal()
+def _blocks(columns: int, block_size: int, group: int | None) -> list[tuple[int, int]]:
+    """Ranges of columns; given a group that is fitted on the way, none reaches beyond one.
+
+    Later columns lack the errors of the block that is under way, so that a group must start with its block.
+    """
+    whole = columns if group is None else group
+    return [
+        (start, min(start + block_size, first + whole))
+        for first in range(0, columns, whole)
+        for start in range(first, first + whole, block_size)
+    ]
+
+
+class _Rounder:
+    """Rounds columns to the grids of their groups; no allocation and few operations per column of an integer grid."""
+
+    def __init__(self, grid: Grid, number_format: NumberFormat, rows: int, dtype: torch.dtype) -> None:
+        self._grid, self._format, self._dtype = grid, number_format, dtype
+        self._integers = number_format.is_integer_grid
+        self._low, self._high = number_format.table[0].item(), number_format.table[-1].item()
+        groups = range(grid.scale.shape[1])
+        self._scale, self._divisor, self._zero = ([grid.scale[:, g] for g in groups] for _ in range(3))
+        for group in groups:
+            self.refresh(group)
+        self._shifted = torch.empty(rows, dtype=dtype, device=grid.scale.device)
+
+    def refresh(self, group: int) -> None:
+        """Read a group's grid again: contiguous ``[rows or 1]``."""
+        scale, zero = (part[:, group].to(self._dtype).contiguous() for part in self._grid)
+        self._scale[group], self._divisor[group], self._zero[group] = scale, nonzero(scale), zero
+
+    def round(self, w: Tensor, group: int, value: Tensor, error: Tensor) -> None:
+        """Write the nearest table values of ``w`` and its rounding errors, ``[rows]`` each."""
+        zero = self._zero[group]
+        torch.div(w, self._divisor[group], out=value).add_(zero)
+        if self._integers:
+            value.round_().clamp_(self._low, self._high)
+        else:
+            value.copy_(nearest_values(value, self._format))
+        torch.sub(value, zero, out=self._shifted)
+        torch.addcmul(w, self._shifted, self._scale[group], value=-1, out=error)

@@ -50,19 +50,50 @@ def fit_grid(grouped: Tensor, spec: WeightSpec, number_format: NumberFormat) -> 
     """
     if not bool(torch.isfinite(grouped).all()):
         raise RoundingError("the weight holds NaN or infinite values")
+    if not is_laid_on_the_range(number_format):
+        return _mean_grid(grouped, spec, number_format)
     if spec.symmetric:
-        scale = _as_stored(_symmetric_scale(grouped, spec, number_format), spec)
+        high = grouped.abs().amax(-1)
+        return grid_of_range(-high, high, spec, number_format)
+    return grid_of_range(grouped.amin(-1), grouped.amax(-1), spec, number_format)
+
+
+def grid_of_range(low: Tensor, high: Tensor, spec: WeightSpec, number_format: NumberFormat) -> Grid:
+    """The grid over ``[low, high]``, float32 ``[n, groups]`` each, for formats that :func:`is_laid_on_the_range`.
+
+    Symmetric ones read ``high`` alone, the largest magnitude; integer zero points widen the range to contain zero.
+
+    Raises:
+        RoundingError: a scale that ``spec.scale_dtype`` cannot hold.
+    """
+    if spec.symmetric:
+        scale = _as_stored(high / _symmetric_reach(spec, number_format), spec)
         return Grid(scale, torch.zeros_like(scale))
-    if number_format.name == "int" and number_format.bits == 1:
-        mean = grouped.mean(-1)
-        scale = _as_stored((grouped - mean.unsqueeze(-1)).abs().mean(-1), spec)
-        constant = scale == 0  # its only value is scale * sign
-        scale = torch.where(constant, _as_stored(mean.abs(), spec), scale)
-        return Grid(scale, _stored_zero_point(torch.where(constant, 0.0, -mean / nonzero(scale)), spec))
-    low, high = grouped.amin(-1), grouped.amax(-1)
     if spec.has_integer_zero_point:
         return _integer_grid(low.clamp(max=0), high.clamp(min=0), spec, number_format)
     return _centred_grid(low, high, spec, number_format)
+
+
+def is_laid_on_the_range(number_format: NumberFormat) -> bool:
+    """True where the extremes of a group decide its grid; ternary and one bit go by mean magnitudes."""
+    return number_format.name != "ternary" and not (number_format.name == "int" and number_format.bits == 1)
+
+
+def rescaled(grid: Grid, factor: float, spec: WeightSpec) -> Grid:
+    """The grid, of a real zero point or none, with all its values moved from their middle by ``factor``.
+
+    Raises:
+        RoundingError: a scale that ``spec.scale_dtype`` cannot hold.
+    """
+    scale = _as_stored(grid.scale * factor, spec)
+    return Grid(scale, _stored_zero_point(grid.zero_point * grid.scale / nonzero(scale), spec))
+
+
+def nearest_values(units: Tensor, number_format: NumberFormat) -> Tensor:
+    """The table value nearest to each element, for weights in table units; the one :meth:`NumberFormat.encode` picks."""
+    if number_format.is_integer_grid:  # no detour over codes
+        return units.round().clamp_(number_format.table[0].item(), number_format.table[-1].item())
+    return number_format.decode(number_format.encode(units))
 
 
 def nonzero(scale: Tensor) -> Tensor:
@@ -70,16 +101,28 @@ def nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def _symmetric_scale(grouped: Tensor, spec: WeightSpec, number_format: NumberFormat) -> Tensor:
+def _symmetric_reach(spec: WeightSpec, number_format: NumberFormat) -> float:
+    """The largest magnitude of a group, in table units."""
+    if number_format.is_integer_grid:
+        return 2 ** (number_format.bits - 1) - 0.5
+    return 1.0 if spec.has_fitted_table else number_format.max_value
+
+
+def _mean_grid(grouped: Tensor, spec: WeightSpec, number_format: NumberFormat) -> Grid:
+    """Ternary and one bit."""
     magnitude = grouped.abs()
     if number_format.name == "ternary":
         kept = magnitude > _TERNARY_THRESHOLD * magnitude.mean(-1, keepdim=True)
-        return (magnitude * kept).sum(-1) / kept.sum(-1).clamp(min=1)
-    if number_format.name == "int" and number_format.bits == 1:
-        return magnitude.mean(-1)
-    if number_format.is_integer_grid:
-        return magnitude.amax(-1) / (2 ** (number_format.bits - 1) - 0.5)
-    return magnitude.amax(-1) / (1.0 if spec.has_fitted_table else number_format.max_value)
+        scale = _as_stored((magnitude * kept).sum(-1) / kept.sum(-1).clamp(min=1), spec)
+        return Grid(scale, torch.zeros_like(scale))
+    if spec.symmetric:
+        scale = _as_stored(magnitude.mean(-1), spec)
+        return Grid(scale, torch.zeros_like(scale))
+    mean = grouped.mean(-1)
+    scale = _as_stored((grouped - mean.unsqueeze(-1)).abs().mean(-1), spec)
+    constant = scale == 0  # its only value is scale * sign
+    scale = torch.where(constant, _as_stored(mean.abs(), spec), scale)
+    return Grid(scale, _stored_zero_point(torch.where(constant, 0.0, -mean / nonzero(scale)), spec))
 
 
 def _integer_grid(low: Tensor, high: Tensor, spec: WeightSpec, number_format: NumberFormat) -> Grid:

@@ -172,7 +172,7 @@ def test_impossible_codebooks_are_refused(codebook: tuple[float, ...] | None, me
         ("fp_e9m9", 19, None, "2..8 bits"),
         ("float8_e5m2", 4, None, "8 bits, not bits=4"),
         ("ternary", 3, None, "2 bits, not bits=3"),
-        ("power", 4, None, "needs an exponent"),
+        ("power", 4, None, "needs an exponent: give exponent=a"),
         ("power", 4, 4.5, "exponent <= 4"),
         ("power", 4, 0.0, "0 < exponent"),
         ("codebook", 9, None, "1 to 8"),

@@ -16,6 +16,7 @@ from hf_lowbit.rounding import round_to_nearest
 FORMATS: list[dict[str, Any]] = [
     *[{"format": "int", "bits": bits} for bits in range(1, 9)],
     {"format": "int", "bits": 4, "symmetric": False, "group_size": 16},
+    {"format": "int", "bits": 4, "symmetric": False, "group_size": 16, "real_zero_point": True},
     {"format": "nf", "bits": 4, "group_size": "tensor"},
     {"format": "nf", "bits": 3, "symmetric": False},
     {"format": "ternary", "bits": 2, "packing": "base3"},

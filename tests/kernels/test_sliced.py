@@ -27,6 +27,7 @@ PAIRS: dict[str, tuple[dict[str, Any], ActivationSpec]] = {
     "E2M1-A8": ({"format": "fp_e2m1", "bits": 4}, INT8),
     "E2M3-A8": ({"format": "fp_e2m3", "bits": 6}, INT8),
     "W4A8-zero": ({"format": "int", "bits": 4, "symmetric": False}, INT8),
+    "W4A8-real-zero": ({"format": "int", "bits": 4, "symmetric": False, "real_zero_point": True}, INT8),
     "W8A8-zero": ({"format": "int", "bits": 8, "symmetric": False}, INT8),
     "E2M1-A8-zero": ({"format": "fp_e2m1", "bits": 4, "symmetric": False}, INT8),
 }

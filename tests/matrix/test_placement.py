@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.matrix.conftest import quantized
 from tests.matrix.models import MODELS, TinyModel, fingerprint
 
 LLAMA = MODELS["llama"]
@@ -23,10 +24,9 @@ def test_device_maps_give_the_same_bits(
     if tiny.auto == "UNet2DModel" and device_map == "auto" and not torch.cuda.is_available():
         device_map = "cpu"  # diffusers' "auto" needs an accelerator
     saved = artefact(method, tiny)
-    config = method.config_class(bits=4)
     assert fingerprint(tiny.load(saved.folder, device_map=device_map)) == saved.tensors
-    quantized = tiny.load(float_folder(tiny), quantization_config=config, device_map=device_map)
-    assert fingerprint(quantized) == saved.tensors
+    placed = quantized(method, tiny, float_folder(tiny), device_map=device_map)
+    assert fingerprint(placed) == saved.tensors
 
 
 def test_a_quantized_model_runs_and_saves_from_disk(method: Any, artefact: Callable[..., Any], tmp_path: Path) -> None:
@@ -40,9 +40,4 @@ def test_a_quantized_model_runs_and_saves_from_disk(method: Any, artefact: Calla
 
 def test_quantizing_into_disk_offload_is_refused(method: Any, float_folder: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="offloaded to disk"):
-        LLAMA.load(
-            float_folder(LLAMA),
-            quantization_config=method.config_class(bits=4),
-            device_map=_DISK,
-            offload_folder=tmp_path / "offload",
-        )
+        quantized(method, LLAMA, float_folder(LLAMA), device_map=_DISK, offload_folder=tmp_path / "offload")

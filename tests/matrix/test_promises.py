@@ -14,7 +14,7 @@ from safetensors import safe_open
 import hf_lowbit
 from hf_lowbit.nn import KINDS, disconnect_siblings, kind_of, refusal_of
 from hf_lowbit.plan import packed_modules
-from tests.matrix.conftest import Artefact
+from tests.matrix.conftest import Artefact, quantized
 from tests.matrix.models import TinyModel, fingerprint
 
 Make = Callable[[Any, TinyModel], Artefact]
@@ -115,7 +115,7 @@ def test_other_types(
     packed = {name: value for name, value in saved.tensors.items() if value.startswith("torch.int")}
     assert packed and packed.items() <= fingerprint(reloaded).items()
     assert torch.isfinite(tiny.run(reloaded)).all()
-    model = tiny.load(float_folder(tiny), dtype, quantization_config=method.config_class(bits=4))
+    model = quantized(method, tiny, float_folder(tiny), dtype)
     model.save_pretrained(tmp_path / "other")
     assert fingerprint(tiny.load(tmp_path / "other", dtype)) == fingerprint(model)
 
@@ -126,7 +126,10 @@ def test_dequantizes(method: Any, tiny: TinyModel, artefact: Make) -> None:
     output = tiny.run(model)
     model.dequantize()
     assert not packed_modules(model)
-    torch.testing.assert_close(tiny.run(model), output, rtol=1e-3, atol=1e-3)
+    if any(layer.activation for layer in saved.report.layers):  # inputs are not quantized any more
+        assert (tiny.run(model) - output).norm() < 0.05 * output.norm()
+    else:
+        torch.testing.assert_close(tiny.run(model), output, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="not quantized"):
         hf_lowbit.report(model)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_lowbit.formats import NumberFormat, PackedTensor, WeightSpec, decode, unpack_codes
 from hf_lowbit.formats.packed import scales, table_of, zero_points
-from hf_lowbit.rounding import RoundingError, nearest, relative_error, round_to_nearest
+from hf_lowbit.rounding import RoundingError, relative_error, round_to_nearest, store
 
 properties = settings(deadline=None, derandomize=True, max_examples=40)
 FORMATS: list[dict[str, Any]] = [
@@ -336,7 +336,7 @@ def test_chunks_change_nothing(
     weight = gaussian(13, 48)
     whole = round_to_nearest(weight, spec)
     error = relative_error(weight, whole)
-    monkeypatch.setattr(nearest, "_CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(store, "_CHUNK_ELEMENTS", 100)
     chunked = round_to_nearest(weight, spec)
     assert all(torch.equal(tensor, chunked.tensors()[suffix]) for suffix, tensor in whole.tensors().items())
     assert relative_error(weight, chunked) == pytest.approx(error, rel=1e-6)

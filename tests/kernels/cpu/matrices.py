@@ -14,6 +14,10 @@ FORMATS: dict[str, dict[str, Any]] = {
     **{f"int{bits}": {"format": "int", "bits": bits} for bits in range(1, 9)},
     **{f"int{bits}-zero": {"format": "int", "bits": bits, "symmetric": False} for bits in range(2, 9)},
     **{
+        f"int{bits}-real-zero": {"format": "int", "bits": bits, "symmetric": False, "real_zero_point": True}
+        for bits in (2, 3, 4, 8)
+    },
+    **{
         name: {"format": name, "bits": 1 + int(name[4]) + int(name[6])}
         for name in ("fp_e2m1", "fp_e1m2", "fp_e2m2", "fp_e3m2", "fp_e2m3", "fp_e4m3", "fp_e5m2")
     },

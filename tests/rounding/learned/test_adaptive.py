@@ -1,0 +1,136 @@
+"""AdaRound and TesseraQ: the numbered tests of their method pages that concern one weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_lowbit.formats import WeightSpec, decode
+from hf_lowbit.rounding import RoundingError, round_to_nearest
+from hf_lowbit.rounding.learned import AdaptiveRounding
+from hf_lowbit.rounding.learned.soft import rectified_sigmoid
+from tests.rounding.learned.toy import (
+    codes_of,
+    correlated_inputs,
+    errors_on_held_out,
+    every_integer,
+    every_spec,
+    gaussian,
+    layer_weight,
+    output_error,
+    train,
+)
+
+OTHERS = [WeightSpec("nf", 4, 16), WeightSpec("fp_e2m1", 4, 16, symmetric=False), WeightSpec("codebook", 3, None)]
+
+
+# 1
+@every_spec
+def test_at_first_the_soft_weight_is_the_weight_within_the_grid(spec: WeightSpec) -> None:
+    weight = gaussian(6, 48)
+    learned = AdaptiveRounding(weight, spec)
+    within = learned.ungrouped(learned.span) > 0
+    assert within.float().mean() > 0.1
+    assert torch.allclose(learned().detach()[within], weight[within], atol=1e-5)
+    beyond = learned().detach()[~within]
+    assert torch.equal(beyond, learned.hard()[~within])
+
+
+def test_the_loss_rises_from_nothing_as_weights_harden() -> None:
+    weight, inputs = layer_weight(), correlated_inputs(256, 64, seed=1)
+    spec = WeightSpec("int", 3, 16, symmetric=False)
+    losses = train(AdaptiveRounding(weight, spec), weight, inputs, steps=300, rate=2e-2)
+    nearest = output_error(weight, decode(round_to_nearest(weight, spec)), inputs)
+    assert losses[0] < 0.05 * nearest and losses[0] < losses[-1] < nearest
+
+
+# 2
+@pytest.mark.parametrize("spec", [WeightSpec("int", 4, 16), WeightSpec("int", 2, None, symmetric=False), *OTHERS])
+def test_codes_are_one_of_the_two_neighbours(spec: WeightSpec) -> None:
+    weight = layer_weight()
+    learned = AdaptiveRounding(weight, spec)
+    train(learned, weight, correlated_inputs(256, 64, seed=1), steps=200, rate=1e-2)
+    index, _ = learned.final()
+    raised = index - learned.below
+    assert raised.min() == 0 and raised.max() == 1
+    moved = (decode(learned.pack()) != decode(round_to_nearest(weight, spec))).float().mean()
+    assert 0.02 < moved < 0.6
+
+
+# 3
+def test_of_two_equal_inputs_one_weight_is_rounded_up() -> None:
+    spec = WeightSpec("int", 4, None, scale_dtype="float32")
+    weight = torch.tensor([[7.5, 0.4, 0.4]])  # a step is 1: nearest rounds both down
+    learned = AdaptiveRounding(weight, spec)
+    shared = gaussian(64, 1, seed=2)
+    inputs = torch.cat([0.01 * gaussian(64, 1, seed=3), shared, shared + 0.05 * gaussian(64, 1, seed=4)], 1)
+    assert learned.hard()[0, 1:].tolist() == [0, 0]
+    train(learned, weight, inputs, steps=600, rate=1e-2)
+    assert sorted(learned.hard()[0, 1:].tolist()) == [0, 1]
+
+
+# 4
+def test_the_penalty_drives_h_to_its_ends() -> None:
+    weight, inputs = gaussian(8, 48), correlated_inputs(128, 48, seed=1)
+    ambiguous = []
+    for strength in (0.0, 0.01):
+        learned = AdaptiveRounding(weight, WeightSpec("int", 3, 16), regularization=strength)
+        train(learned, weight, inputs, steps=500, rate=3e-2)
+        h = rectified_sigmoid(learned.logits)[learned.span > 0]
+        ambiguous.append(((h > 0.05) & (h < 0.95)).float().mean().item())
+    assert ambiguous[0] > 0.5 and ambiguous[1] < 0.05
+
+
+# 6
+@pytest.mark.parametrize("learn_scale", [False, True])
+@every_integer
+def test_training_beats_round_to_nearest_on_held_out_inputs(spec: WeightSpec, learn_scale: bool) -> None:
+    weight = layer_weight()
+    learned = AdaptiveRounding(weight, spec, learn_scale=learn_scale)
+    train(learned, weight, correlated_inputs(256, 64, seed=1), steps=300, rate=1e-2)
+    trained, nearest = errors_on_held_out(learned, weight, spec)
+    assert trained < 0.8 * nearest
+
+
+@pytest.mark.parametrize("spec", OTHERS, ids=lambda spec: spec.json)
+def test_training_beats_round_to_nearest_in_other_formats(spec: WeightSpec) -> None:
+    weight = layer_weight()
+    learned = AdaptiveRounding(weight, spec)
+    train(learned, weight, correlated_inputs(256, 64, seed=1), steps=300, rate=1e-2)
+    trained, nearest = errors_on_held_out(learned, weight, spec)
+    assert trained < 0.8 * nearest
+
+
+# TesseraQ 4, 5, 8
+def test_hardening_fixes_a_growing_share_of_weights() -> None:
+    weight, inputs = layer_weight(), correlated_inputs(256, 64, seed=1)
+    spec = WeightSpec("int", 2, 16, symmetric=False)
+    learned = AdaptiveRounding(weight, spec, regularization=0.0, learn_scale=True)
+    hardened = torch.zeros_like(learned.logits, dtype=torch.bool)
+    for soft in (0.75, 0.5, 0.25, 0.125, 0.06, 0.02, 0.0):
+        learned.harden_(1 - soft)
+        fixed = learned.logits.isinf()
+        assert fixed.float().mean().item() == pytest.approx(1 - soft, abs=1e-3)
+        assert fixed[hardened].all()
+        hardened, before = fixed, learned.logits.detach().clone()
+        train(learned, weight, inputs, steps=40, rate=2e-2)
+        assert learned.logits.grad is not None and (learned.logits.grad[fixed] == 0).all()
+        assert torch.equal(learned.logits[fixed], before[fixed])
+    trained, nearest = errors_on_held_out(learned, weight, spec)
+    assert trained < 0.8 * nearest
+    assert learned.scale_logits is not None
+    factor = 2 * learned.scale_logits.sigmoid()
+    assert factor.min() > 0 and factor.max() < 2 and (factor != 1).any()
+
+
+def test_codes_stay_within_the_bits() -> None:
+    learned = AdaptiveRounding(gaussian(8, 48), WeightSpec("int", 2, 16))
+    with torch.no_grad():
+        learned.logits.fill_(5.0)
+    assert codes_of(learned.pack()).max() <= 3
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(RoundingError, match="share"):
+        AdaptiveRounding(gaussian(4, 32), WeightSpec()).harden_(share)
