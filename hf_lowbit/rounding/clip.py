@@ -1,8 +1,8 @@
 """Grids from a search of the clipping range: what the largest weights lose by saturating, the others win in resolution.
 
-GPTQ's and AdaRound's codes search shrink factors of the range in steps of 1 % for the least |w - w_hat|^2.4; AWQ's those
-of 5 %. Here every group keeps the factor with the least error of its own, weighted by the power of the inputs that
-meet each column where that is known [ours]. Further conventions [ours]:
+GPTQ's and AdaRound's codes search shrink factors of the range in steps of 1 % for the least |w - w_hat|^2.4; AWQ's code
+those of 5 %. Here every group keeps the factor with the least error of its own, weighted by the power of the inputs
+that meet each column where that is known [ours]. Further conventions [ours]:
  - ranges shrink towards zero, or towards their own nearest end where they do not contain it;
  - of asymmetric ranges, each end is then moved alone;
  - formats whose grid does not follow the extremes (ternary, one bit) search multiples of their scale, up and down.
@@ -11,6 +11,7 @@ meet each column where that is known [ours]. Further conventions [ours]:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -130,8 +131,8 @@ def _chunked(
         else:
             start = best.grid
             for factor in factors:
-                best.offer(lambda: rescaled(start, factor, spec))
-                best.offer(lambda: rescaled(start, 1 / factor, spec))
+                best.offer(partial(rescaled, start, factor, spec))
+                best.offer(partial(rescaled, start, 1 / factor, spec))
         return best.grid
 
     parts = [search(chunk) for chunk in grouped.split(step)]
@@ -183,7 +184,10 @@ def _search_range(
         offer(torch.lerp(towards, low, factor), torch.lerp(towards, high, factor))
     if spec.symmetric:
         return
-    for factor in end_factors:
+    for factor in end_factors:  # an outlier at one end
+        offer(low, torch.lerp(towards, high, factor))
+        offer(torch.lerp(towards, low, factor), high)
+    for factor in end_factors:  # around the best so far
         offer(kept_low, torch.lerp(towards, high, factor))
     for factor in end_factors:
         offer(torch.lerp(towards, low, factor), kept_high)

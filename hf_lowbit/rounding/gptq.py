@@ -23,7 +23,7 @@ from hf_lowbit.rounding.clip import GridFit, fit_range
 from hf_lowbit.rounding.grid import Grid, RoundingError, nearest_values, nonzero
 from hf_lowbit.rounding.store import format_for, to_groups, to_packed
 
-_LEAST_DAMPING, _MOST_DAMPING = 1e-3, 1.0  # what failures of the factorisation raise it to
+_FIRST_DAMPING, _MOST_DAMPING = 1e-3, 1.0  # after a failure without any, and the last resort
 
 
 class CholeskyError(RoundingError):
@@ -81,14 +81,14 @@ def gptq(
     if not bool(torch.isfinite(weight).all()):
         raise RoundingError("the weight holds NaN or infinite values")
     precision = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    h = hessian.to(weight.device, precision, copy=True)
+    h = hessian.to(weight.device, torch.promote_types(hessian.dtype, torch.float32), copy=True)
     power = h.diagonal().clone()
     dead = power == 0
     h.diagonal()[dead] = 1.0 if bool(dead.all()) else power[~dead].mean()
     work = weight.to(precision).masked_fill(dead, 0)
     number_format, table = format_for(work, spec)
     order = torch.argsort(power, descending=True, stable=True) if act_order else None
-    factor, used = _inverse_factor(h if order is None else h[order][:, order], damping)
+    factor, used = _inverse_factor(h if order is None else h[order][:, order], damping, precision)
     static = static_groups or spec.groups(work.shape[1]) == 1
     fit = _Fit(grid_fit, spec, number_format, power)
     grid = fit.whole(work) if static else Grid(*(work.new_zeros(2, work.shape[0], spec.groups(work.shape[1])).float()))
@@ -115,25 +115,34 @@ class _Fit(NamedTuple):
         return self.fit(weight.float().unsqueeze(1), self.spec, self.number_format, self.power[columns].float()[None])
 
 
-def _inverse_factor(h: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper Cholesky factor of the inverse of the damped H, and the damping that was needed.
+def _inverse_factor(h: Tensor, damping: float, precision: torch.dtype) -> tuple[Tensor, float]:
+    """Upper Cholesky factor of the inverse of the damped H, of type ``precision``, and the damping that was needed.
 
-    What float32 cannot factorise, float64 may: it is tried before more damping is.
+    What float32 cannot factorise, float64 may: it is tried before more damping is. Where float32 can, it is good: its
+    factors were off by 1e-6 (damping 0.01, condition 1e5) to 1e-4 (1e-4, 1e7).
     """
-    mean, identity = h.diagonal().mean(), torch.eye(len(h), dtype=h.dtype, device=h.device)
+    mean = h.diagonal().mean()
     while True:
-        for precision in dict.fromkeys((h.dtype, torch.float64)):
-            damped = h.to(precision, copy=True)
-            damped.diagonal().add_(damping * mean)
-            reverse, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if failed:
-                continue
-            factor = torch.linalg.solve_triangular(reverse.flip(0, 1), identity.to(precision), upper=True).to(h.dtype)
-            if bool(torch.isfinite(factor).all()):
-                return factor, damping
+        for tried in dict.fromkeys((precision, torch.float64)):
+            factor = _factor(h, damping * mean, tried)
+            if factor is not None:
+                return factor.to(precision), damping
         if damping >= _MOST_DAMPING:
             raise CholeskyError(f"its Hessian is not positive definite even with damping={damping:g}")
-        damping = min(max(10 * damping, _LEAST_DAMPING), _MOST_DAMPING)
+        damping = min(10 * damping if damping else _FIRST_DAMPING, _MOST_DAMPING)
+
+
+def _factor(h: Tensor, added: Tensor, precision: torch.dtype) -> Tensor | None:
+    """The factor for H + added I, computed in ``precision``; None where that fails."""
+    reverse = h.to(precision).flip(0, 1)  # a copy
+    reverse.diagonal().add_(added)
+    lower, failed = torch.linalg.cholesky_ex(reverse)
+    if failed:
+        return None
+    upper = lower.flip(0, 1)
+    del reverse, lower  # of the size of H each, which may be half a gigabyte
+    factor = torch.linalg.solve_triangular(upper, torch.eye(len(h), dtype=precision, device=h.device), upper=True)
+    return factor if bool(torch.isfinite(factor).all()) else None
 
 
 def _round_columns(

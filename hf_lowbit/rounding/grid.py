@@ -90,7 +90,7 @@ def rescaled(grid: Grid, factor: float, spec: WeightSpec) -> Grid:
 
 
 def nearest_values(units: Tensor, number_format: NumberFormat) -> Tensor:
-    """The table value nearest to each element, for weights in table units; the one :meth:`NumberFormat.encode` picks."""
+    """The table value nearest to each weight in table units: that of the code :meth:`NumberFormat.encode` picks."""
     if number_format.is_integer_grid:  # no detour over codes
         return units.round().clamp_(number_format.table[0].item(), number_format.table[-1].item())
     return number_format.decode(number_format.encode(units))

@@ -41,7 +41,8 @@ def test_the_loss_rises_from_nothing_as_weights_harden() -> None:
     spec = WeightSpec("int", 3, 16, symmetric=False)
     losses = train(AdaptiveRounding(weight, spec), weight, inputs, steps=300, rate=2e-2)
     nearest = output_error(weight, decode(round_to_nearest(weight, spec)), inputs)
-    assert losses[0] < 0.05 * nearest and losses[0] < losses[-1] < nearest
+    assert losses[0] < 0.1 * nearest  # of weights that a rounded zero point leaves beyond the grid
+    assert losses[0] < losses[-1] < nearest
 
 
 # 2
@@ -71,7 +72,7 @@ def test_of_two_equal_inputs_one_weight_is_rounded_up() -> None:
 
 # 4
 def test_the_penalty_drives_h_to_its_ends() -> None:
-    weight, inputs = gaussian(8, 48), correlated_inputs(128, 48, seed=1)
+    weight, inputs = layer_weight(), correlated_inputs(256, 64, seed=1)
     ambiguous = []
     for strength in (0.0, 0.01):
         learned = AdaptiveRounding(weight, WeightSpec("int", 3, 16), regularization=strength)

@@ -28,7 +28,7 @@ SPECS = [
     for symmetric in (True, False)
     for group_size in (None, 16, "tensor")
     if symmetric or values["format"] != "ternary"
-]
+] + [WeightSpec("int", 4, group_size, symmetric=False, real_zero_point=True) for group_size in (None, 16, "tensor")]
 INTEGERS = [
     WeightSpec("int", bits, group_size, symmetric)
     for bits in (2, 3, 4)
