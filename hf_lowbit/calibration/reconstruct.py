@@ -30,11 +30,14 @@ class Training:
         iterations: steps, each on one batch of the calibration data; 0 leaves the weights as they start.
         learning_rate: at the start; it falls linearly to zero.
         optimizer: "sign": steps along the gradient's sign (SignRound); "adam".
+        keep_best: end with the parameters of the step of the smallest loss, each batch's compared with what the same
+            batch lost first; False ends with the last ones.
     """
 
     iterations: int = 200
     learning_rate: float = 0.005
     optimizer: str = "sign"
+    keep_best: bool = True
 
 
 @torch.enable_grad()
@@ -50,6 +53,7 @@ def reconstruct(block: Block, learned: Mapping[str, LearnedWeight], training: Tr
     groups = [group for weight in learned.values() for group in weight.parameter_groups()]
     optimizer = make_optimizer(training.optimizer, groups, training.learning_rate)
     generator = torch.Generator().manual_seed(block.seed)
+    best = _Best(learned) if training.keep_best else None
     losses: list[float] = []
     order: list[int] = []
     frozen = [p for p in block.module.parameters() if p.requires_grad]
@@ -63,19 +67,54 @@ def reconstruct(block: Block, learned: Mapping[str, LearnedWeight], training: Tr
                 progress = step / training.iterations
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate * group["lr_scale"] * (1 - progress)
+                for weight in learned.values():
+                    weight.anneal_(progress)
                 loss = _loss(block, learned, batch)
+                losses.append(loss.item())
+                if best is not None:
+                    best.see(batch, losses[-1])
                 regularizer = sum(weight.regularizer(progress) for weight in learned.values())
-                (loss + regularizer).backward()  # type: ignore[no-untyped-call]
+                (loss + regularizer).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 for weight in learned.values():
                     weight.constrain_()
-                losses.append(loss.item())
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+    if best is not None:
+        best.restore()
     tenth = max(1, len(losses) // 10)
     return (_mean(losses[:tenth]), _mean(losses[-tenth:])) if losses else (0.0, 0.0)
+
+
+class _Best:
+    """The parameters that lost least so far.
+
+    Batches differ in how hard they are: a loss counts relative to the batch's first one [ours].
+    """
+
+    def __init__(self, learned: Mapping[str, LearnedWeight]) -> None:
+        self._learned = learned
+        self._first: dict[int, float] = {}
+        self._least = float("inf")
+        self._kept: dict[str, dict[str, Tensor]] = {}
+
+    def see(self, batch: int, loss: float) -> None:
+        first = self._first.setdefault(batch, loss)
+        relative = loss / first if first > 0 else 1.0
+        if relative < self._least:
+            self._least = relative
+            self._kept = {
+                key: {name: p.detach().clone() for name, p in weight.named_parameters()}
+                for key, weight in self._learned.items()
+            }
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for key, kept in self._kept.items():
+            for name, parameter in self._learned[key].named_parameters():
+                parameter.copy_(kept[name])
 
 
 def _loss(block: Block, learned: Mapping[str, LearnedWeight], batch: int) -> Tensor:

@@ -5,7 +5,9 @@ those of 5 %. Here every group keeps the factor with the least error of its own,
 that meet each column where that is known [ours]. Further conventions [ours]:
  - ranges shrink towards zero, or towards their own nearest end where they do not contain it;
  - of asymmetric ranges, each end is then moved alone;
- - formats whose grid does not follow the extremes (ternary, one bit) search multiples of their scale, up and down.
+ - formats whose grid does not follow the extremes (ternary, one bit) search multiples of their scale, up and down;
+ - symmetric integers have one more value below zero than above: their scale may be negative, which puts it on the
+   other side, so that the largest weight of either sign can be met without a wasted code (AutoRound's code does so).
 """
 
 from __future__ import annotations
@@ -128,6 +130,8 @@ def _chunked(
         best = _Best(fit_grid(chunk, spec, number_format), error)
         if is_laid_on_the_range(number_format):
             _search_range(chunk, spec, number_format, best, factors, end_factors)
+            if spec.symmetric and number_format.is_integer_grid:
+                _search_signed(chunk, spec, number_format, best, factors)
         else:
             start = best.grid
             for factor in factors:
@@ -191,6 +195,17 @@ def _search_range(
         offer(kept_low, torch.lerp(towards, high, factor))
     for factor in end_factors:
         offer(torch.lerp(towards, low, factor), kept_high)
+
+
+def _search_signed(
+    grouped: Tensor, spec: WeightSpec, number_format: NumberFormat, best: _Best, factors: Sequence[float]
+) -> None:
+    """Offer scales that put the lowest code on the largest weight, whatever its sign."""
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    extreme = torch.where(high > -low, high, low) / number_format.table[0].item()
+    zero = torch.zeros_like(extreme)
+    for factor in (1.0, *factors):
+        best.offer(partial(rescaled, Grid(extreme, zero), factor, spec))
 
 
 def _difference(grouped: Tensor, grid: Grid, number_format: NumberFormat) -> Tensor:

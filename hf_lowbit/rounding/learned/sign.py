@@ -15,6 +15,7 @@ from hf_lowbit.rounding.learned.ranged import RangedWeight
 from hf_lowbit.rounding.learned.ranges import narrowed
 
 _LEAST_FACTOR = 0.05  # [ours] of the range: a group whose range vanished would never come back
+_MOST_FACTOR = 2.0  # [ours] of a start's range, which may have been clipped too far
 _MARGIN = 1e-3  # [ours] of a step: how far inside its cell a start's code is put at least
 
 
@@ -43,8 +44,8 @@ class SignRounding(RangedWeight):
             spec: format and granularity.
             start: V begins where rounding gives the start's codes, as far as ``reach`` allows.
             reach: bound of abs(V). 0.5: one of the two neighbouring values; more: codes may move further [ours].
-            alpha, beta: initial factors of the range's upper and lower part, in [0.05, 1]: numbers, or ``[n, groups]``.
-                Symmetric formats have alpha alone, a factor of their scale.
+            alpha, beta: initial factors of the range's upper and lower part, in [0.05, 1], or to 2 with a start [ours]:
+                numbers, or ``[n, groups]``. Symmetric formats have alpha alone, a factor of their scale.
             learn_range: False keeps the factors.
 
         Raises:
@@ -54,6 +55,7 @@ class SignRounding(RangedWeight):
         if not 0 < reach < torch.inf:
             raise RoundingError(f"reach must be a positive number of steps, not {reach}")
         self.reach = reach
+        self.most = 1.0 if start is None else _MOST_FACTOR
         ones = torch.ones_like(self.base_scale)
         self.alpha = nn.Parameter(ones * alpha, requires_grad=learn_range)
         self.beta = nn.Parameter(ones * beta, requires_grad=learn_range and not spec.symmetric)
@@ -73,8 +75,8 @@ class SignRounding(RangedWeight):
     @torch.no_grad()
     def constrain_(self) -> None:
         self.shift.clamp_(-self.reach, self.reach)
-        self.alpha.clamp_(_LEAST_FACTOR, 1)
-        self.beta.clamp_(_LEAST_FACTOR, 1)
+        self.alpha.clamp_(_LEAST_FACTOR, self.most)
+        self.beta.clamp_(_LEAST_FACTOR, self.most)
 
     @torch.no_grad()
     def _shift_to(self, target: Tensor) -> Tensor:
