@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -62,7 +63,13 @@ def main(description: str | None) -> None:
         del model
         for bits in options.bits:
             for name in options.methods:
-                key = {"variant": name, "bits": bits, "group": options.group, "samples": options.samples, "length": options.length}  # fmt: skip
+                key = {
+                    "variant": name,
+                    "bits": bits,
+                    "group": options.group,
+                    "samples": options.samples,
+                    "length": options.length,
+                }
                 if any(all(row.get(k) == v for k, v in key.items()) for row in rows):
                     continue
                 row = {**key, **run(VARIANTS[name], bits, source, data, folder, options, judge)}
@@ -80,9 +87,17 @@ def run(
     """Quantize in a fresh process, then judge."""
     output, facts = folder / "result", folder / "facts.json"
     order: dict[str, Any] = {
-        "model": str(source), "data": str(data), "output": str(output), "facts": str(facts), "threads": options.threads,
-        "device": options.device, "bits": bits, "group": options.group, "method": variant.method, "fields": variant.fields,
-    }  # fmt: skip
+        "model": str(source),
+        "data": str(data),
+        "output": str(output),
+        "facts": str(facts),
+        "threads": options.threads,
+        "device": options.device,
+        "bits": bits,
+        "group": options.group,
+        "method": variant.method,
+        "fields": variant.fields,
+    }
     is_peer = variant.method.startswith("peer:")
     if is_peer:
         worker = variant.method.removeprefix("peer:")
@@ -99,8 +114,6 @@ def run(
     if result.returncode:
         return {"failed": (result.stderr or result.stdout)[-600:]}
     found = {**json.loads(facts.read_text()), "process_seconds": time.monotonic() - begun}
-    import shutil
-
     import torch
     from transformers import AutoModelForCausalLM
 

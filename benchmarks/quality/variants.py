@@ -34,10 +34,11 @@ VARIANTS = {
         Variant("gptq-asym-clip", "gptq", {"symmetric": False, "search_clip": True}),
         Variant("gptq-asym-clip-order", "gptq", {"symmetric": False, "search_clip": True, "act_order": True}),
         Variant("awq", "awq", {"symmetric": False}),
+        Variant("signround-50", "signround", {"iterations": 50}),
+        Variant("signround", "signround", {"iterations": 200}),
         Variant("autoround", "peer:autoround", {"iterations": 200}),
         Variant("autoround-50", "peer:autoround", {"iterations": 50}),
         Variant("autoround-asym", "peer:autoround", {"iterations": 200, "symmetric": False}),
         Variant("gptqmodel", "peer:gptqmodel"),
-        Variant("llmcompressor", "peer:llmcompressor"),
     )
 }
