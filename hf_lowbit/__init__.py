@@ -22,6 +22,7 @@ _LAZY = {
     "Recipe": "hf_lowbit.method",
     "Report": "hf_lowbit.reporting",
     "dequantize": "hf_lowbit.quantization",
+    "export_model": "hf_lowbit.export",
     "load": "hf_lowbit.plain",
     "methods": "hf_lowbit.method",
     "prepare_for_training": "hf_lowbit.integrations.peft",
@@ -29,6 +30,7 @@ _LAZY = {
     "quantize": "hf_lowbit.quantization",
     "report": "hf_lowbit.integrations.hub",
     "save": "hf_lowbit.plain",
+    "search_bits": "hf_lowbit.search",
 }
 
 register_all(engine="hf_lowbit.engine:calibrate_loaded")

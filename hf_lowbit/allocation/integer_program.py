@@ -6,13 +6,16 @@ A multiple-choice knapsack, solved as an integer program (HAWQ-V3, arXiv 2011.10
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 _SECONDS = 60.0
+_LARGEST_LOSS = 1e6  # what losses are scaled to: the solver stops within an absolute gap of 1e-6
 
 
 class AllocationError(ValueError):
@@ -53,30 +56,63 @@ def allocate(options: Sequence[Sequence[Option]], budget: int) -> list[int]:
     if budget < smallest:
         raise AllocationError(f"a budget of {budget} bits cannot be met: the options need {smallest} to {largest}")
     useful = [_undominated(choices) for choices in options]
-    bits = np.array([options[i][k].bits for i, kept in enumerate(useful) for k in kept], dtype=float)
+    limit = budget
+    while True:
+        picks = _solve(options, useful, limit)
+        spent = sum(choices[pick].bits for choices, pick in zip(options, picks, strict=True))
+        if spent <= budget:
+            return _spend_rest(options, useful, picks, budget - spent)
+        limit -= spent - budget  # the solver's tolerance, in a case where a few bits decide
+
+
+def _solve(options: Sequence[Sequence[Option]], useful: Sequence[Sequence[int]], budget: int) -> list[int]:
+    """The picks of least loss among the useful options, within the budget up to the solver's tolerance.
+
+    Sizes are counted from each layer's smallest option in units of their greatest common divisor: whole numbers, mostly
+    small, which the solver adds up exactly.
+    """
+    smallest = [options[i][kept[0]].bits for i, kept in enumerate(useful)]
+    extra = [options[i][k].bits - smallest[i] for i, kept in enumerate(useful) for k in kept]
+    unit = math.gcd(*extra) or 1
+    room = (budget - sum(smallest)) // unit
+    if room < 0:
+        raise AllocationError(f"no allocation of {budget} bits was found; allow a slightly larger budget")
     losses = np.array([options[i][k].loss for i, kept in enumerate(useful) for k in kept], dtype=float)
     layer = np.repeat(np.arange(len(options)), [len(kept) for kept in useful])
-    one_each = (layer[None, :] == np.arange(len(options))[:, None]).astype(float)
-    scale = max(np.abs(losses).max(), 1e-300)
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(bits[None, :] / budget, -np.inf, 1.0)]
+    one_each = csr_array((np.ones(len(layer)), (layer, np.arange(len(layer)))))
+    size = np.array([bits // unit for bits in extra], dtype=float)
     result = milp(
-        losses / scale,
-        integrality=np.ones(len(bits)),
+        _LARGEST_LOSS * losses / max(np.abs(losses).max(), 1e-300),
+        integrality=np.ones(len(layer)),
         bounds=Bounds(0, 1),
-        constraints=constraints,
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size[None, :], -np.inf, room + 0.5)],
         options={"mip_rel_gap": 1e-9, "time_limit": _SECONDS},
     )
     if result.x is None:
         raise AllocationError(f"no allocation of {budget} bits was found: {result.message}")
-    chosen = result.x.round().astype(int)
     starts = np.cumsum([0, *(len(kept) for kept in useful[:-1])])
-    picks = [
-        kept[int(np.argmax(chosen[start : start + len(kept)]))] for start, kept in zip(starts, useful, strict=True)
+    return [
+        kept[int(np.argmax(result.x[start : start + len(kept)]))] for start, kept in zip(starts, useful, strict=True)
     ]
-    spent = sum(choices[pick].bits for choices, pick in zip(options, picks, strict=True))
-    if spent > budget:  # the solver's tolerance, in a case where a bit decides
-        raise AllocationError(f"the allocation found takes {spent} bits of {budget}; allow a slightly larger budget")
-    return picks
+
+
+def _spend_rest(
+    options: Sequence[Sequence[Option]], useful: Sequence[Sequence[int]], picks: list[int], rest: int
+) -> list[int]:
+    """Single upgrades that still fit, of which a solver that stops within its gap or at its time limit leaves some."""
+    picks = list(picks)
+    while True:
+        better = [
+            (options[i][k].loss - options[i][pick].loss, i, k)
+            for i, pick in enumerate(picks)
+            for k in useful[i]
+            if options[i][k].bits - options[i][pick].bits <= rest and options[i][k].loss < options[i][pick].loss
+        ]
+        if not better:
+            return picks
+        _, i, k = min(better)
+        rest -= options[i][k].bits - options[i][picks[i]].bits
+        picks[i] = k
 
 
 def _undominated(choices: Sequence[Option]) -> list[int]:

@@ -95,7 +95,7 @@ def fingerprint_of(tensors: Iterable[tuple[str, Tensor]], facts: Mapping[str, An
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(data.view(torch.uint8).numpy()) if data.numel() else b"")
+        digest.update(data.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.calibration.block import Block, Pack, PackedParameter
-from hf_lowbit.calibration.calls import Calls, Flow, NotAChain, capture, chain, probe
+from hf_lowbit.calibration.calls import Calls
 from hf_lowbit.calibration.checkpoint import Checkpoint
 from hf_lowbit.calibration.parallel import agree, rank, share, wait_for_all
 from hf_lowbit.calibration.progress import Progress
-from hf_lowbit.calibration.stacks import Stack, find_stacks, layers_of, loose_layers
+from hf_lowbit.calibration.stacks import layers_of
 from hf_lowbit.calibration.store import TensorStore
+from hf_lowbit.calibration.units import Unit, advance, find_units, tables_of, weight_of, without_cache
 from hf_lowbit.nn import KINDS, LayerSpec
 from hf_lowbit.plan import PlannedLayer, packed_modules, replace_module
 from hf_lowbit.rounding import round_to_nearest
@@ -40,15 +41,6 @@ class Walked:
     parameters: dict[str, PackedParameter] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     layer_by_layer: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """A stack, with how its blocks hang together."""
-
-    stack: Stack
-    incoming: Sequence[int | None]
-    flows: Sequence[Flow]
 
 
 class Walk:
@@ -82,18 +74,18 @@ class Walk:
         folder: Path | None = None,
     ) -> None:
         self.model, self.layers, self.step, self.pack = model, dict(layers), step, pack
-        self.batches = share([_without_cache(model, batch) for batch in batches])
+        self.batches = share([without_cache(model, batch) for batch in batches])
         self.targets, self.checkpoint, self.seed, self.limit, self.folder = targets, checkpoint, seed, limit, folder
         self.walked = Walked()
 
     @torch.no_grad()
     def run(self) -> Walked:
         """Quantize everything that is planned."""
-        tables = self._take_tables()
+        tables = {name: self.layers.pop(name) for name in tables_of(self.model, self.layers)}
         units = self._units()
         progress = Progress(sum(len(unit.stack.blocks) for unit in units))
         with TensorStore(self.limit, self.folder) as store:
-            floats = [self._capture(unit, store) if self.targets else None for unit in units]
+            floats = [unit.capture(self.model, self.batches, store) if self.targets else None for unit in units]
             self._round_tables(tables)
             for unit, calls in zip(units, floats, strict=True):
                 self._walk(unit, calls, store, progress)
@@ -101,17 +93,11 @@ class Walk:
                 logger.info("%d MB of activations were spilled to disk", store.spilled >> 20)
         return self.walked
 
-    def _take_tables(self) -> dict[str, PlannedLayer]:
-        """Embeddings, and layers that share a weight with one: they are not calibrated."""
-        shared = {id(_weight(self.model, name)) for name, layer in self.layers.items() if layer.kind == "embedding"}
-        names = [name for name in self.layers if id(_weight(self.model, name)) in shared]
-        return {name: self.layers.pop(name) for name in names}
-
     def _round_tables(self, tables: Mapping[str, PlannedLayer]) -> None:
         """They come first: what follows sees them as they will be."""
         owners: dict[int, nn.Module] = {}
         for name, layer in tables.items():
-            weight = _weight(self.model, name)
+            weight = weight_of(self.model, name)
             if id(weight) not in owners:
                 owners[id(weight)] = self._round(name, layer, "an embedding, or tied to one: rounded to nearest")
                 continue
@@ -131,36 +117,18 @@ class Walk:
         replace_module(self.model, name, module)
         return module
 
-    def _units(self) -> list[_Unit]:
-        """Stacks in the order in which the model calls them; layers that no chain of blocks holds are stacks of one."""
-        stacks = find_stacks(self.model, self.layers)
-        names = [*(block for stack in stacks for block in stack.blocks), *self.layers]
-        first = {key: value[:1] if isinstance(value, Tensor) else value for key, value in self.batches[0].items()}
-        order, seen, repeated = probe(self.model, first, list(dict.fromkeys(names)))
-        units: list[_Unit] = []
-        for stack in stacks:
-            try:
-                if again := repeated & set(stack.blocks):
-                    raise NotAChain(f"{min(again)} is called more than once")
-                units.append(_Unit(stack, *chain(stack.blocks, seen)))
-            except NotAChain as problem:
-                logger.warning("%s: its layers are calibrated one by one", problem)
-        chained = [unit.stack for unit in units]
-        for layer in loose_layers(chained, self.layers):
-            if layer in seen:
-                units.append(_Unit(Stack((layer,)), [None], []))
-                self.walked.layer_by_layer.append(layer)
-            else:
-                self._round(layer, self.layers.pop(layer), "not called on the calibration data: rounded to nearest")
+    def _units(self) -> list[Unit]:
+        """The units; layers that the data does not reach are rounded at once."""
+        found = find_units(self.model, self.layers, self.batches)
+        self.walked.layer_by_layer += found.layer_by_layer
+        for layer in found.uncalled:
+            self._round(layer, self.layers.pop(layer), "not called on the calibration data: rounded to nearest")
         if self.walked.layer_by_layer:
             logger.info("outside chains of blocks, calibrated one by one: %s", ", ".join(self.walked.layer_by_layer))
-        return sorted(units, key=lambda unit: order.index(unit.stack.blocks[0]))
+        return found.units
 
-    def _capture(self, unit: _Unit, store: TensorStore) -> Calls:
-        return capture(self.model, unit.stack.blocks, self.batches, unit.incoming, unit.flows, store)
-
-    def _walk(self, unit: _Unit, floats: Calls | None, store: TensorStore, progress: Progress) -> None:
-        calls = self._capture(unit, store)
+    def _walk(self, unit: Unit, floats: Calls | None, store: TensorStore, progress: Progress) -> None:
+        calls = unit.capture(self.model, self.batches, store)
         inputs, targets = calls.inputs, list(floats.inputs) if floats is not None else []
         for index, name in enumerate(unit.stack.blocks):
             last = index == len(unit.stack.blocks) - 1
@@ -169,7 +137,7 @@ class Walk:
             kept = {key: types[id(p)] for key, p in _floats(module)}
             module.float()
             if floats is not None:
-                targets = self._advance(floats, index, module, targets, store)
+                targets = advance(floats, index, module, targets, store)
             layers = {
                 layer[len(name) + 1 :]: self.layers[layer] for layer in layers_of(name, self.layers)
             }  # "" is the block itself
@@ -184,7 +152,7 @@ class Walk:
                 replace_module(self.model, name, block.module)
             _round_trip(block.module, kept)
             if not last:
-                inputs = self._advance(calls, index, block.module, inputs, store)
+                inputs = advance(calls, index, block.module, inputs, store)
             _restore_types(block.module, kept)
             self._account(block, restored is not None)
             progress.step(name, restored is not None)
@@ -197,18 +165,6 @@ class Walk:
             block.round_to_nearest(key, block.notes.get(key, "the method left it: rounded to nearest"))
         for tensor in block.module.state_dict().values():
             agree(tensor)
-
-    def _advance(self, calls: Calls, index: int, module: nn.Module, keys: list[int], store: TensorStore) -> list[int]:
-        """The module's outputs on all batches, in the place of what flowed in."""
-        outputs = []
-        for batch in range(len(calls)):
-            flowing = store.get(keys[batch]) if keys else None
-            args, kwargs = calls.arguments(batch, index, flowing, torch.float32)
-            output = calls.output(index, module(*args, **kwargs))
-            if keys:
-                store.replace(keys[batch], output)
-            outputs.append(keys[batch] if keys else store.put(output))
-        return outputs
 
     def _account(self, block: Block, restored: bool) -> None:
         notes = {f"{block.name}.{key}" if key else block.name: why for key, why in block.notes.items()}
@@ -241,25 +197,6 @@ class Walk:
         for parameter, error in facts["errors"].items():
             a, b = adapters.get(f"adapter:{parameter}:a"), adapters.get(f"adapter:{parameter}:b")
             block.done[parameter] = PackedParameter(error, None if a is None or b is None else (a, b))
-
-
-def _without_cache(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch on the model's device, and no key-value cache: it would be kept for every block."""
-    import inspect
-
-    device = next(model.parameters()).device
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    moved = {
-        key: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }
-    accepted = inspect.signature(model.forward).parameters
-    return {**moved, "use_cache": False} if "use_cache" in accepted else moved
-
-
-def _weight(model: nn.Module, name: str) -> Tensor | None:
-    weight: Tensor | None = getattr(model.get_submodule(name), "weight", None)
-    return weight
 
 
 def _floats(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -3,13 +3,25 @@
 Importing this package loads neither torch nor transformers; commands import what they need when they run.
 """
 
-from hf_lowbit.cli import dequantize, evaluate, inspection, methods, push, quantize, quickstart
+from hf_lowbit.cli import dequantize, evaluate, export, inspection, methods, push, quantize, quickstart, search
 from hf_lowbit.cli.app import app
 
-__all__ = ["app", "dequantize", "evaluate", "inspection", "main", "methods", "push", "quantize", "quickstart"]
+__all__ = [
+    "app",
+    "dequantize",
+    "evaluate",
+    "export",
+    "inspection",
+    "main",
+    "methods",
+    "push",
+    "quantize",
+    "quickstart",
+    "search",
+]
 
 # In help texts, the order in which a newcomer meets them.
-_ORDER = ("quickstart", "methods", "quantize", "inspect", "evaluate", "dequantize", "push")
+_ORDER = ("quickstart", "methods", "quantize", "search", "inspect", "evaluate", "dequantize", "export", "push")
 app.registered_commands.sort(key=lambda registered: _ORDER.index(registered.name or ""))
 
 

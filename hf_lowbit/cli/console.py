@@ -39,14 +39,16 @@ def print_json(values: dict[str, Any]) -> None:
 
 @contextmanager
 def work() -> Iterator[list[str]]:
-    """Around a command's work: what libraries print goes to stderr, hf_lowbit's warnings are shown as ours.
+    """Around a command's work: what libraries print goes to stderr; hf_lowbit's warnings and progress are shown as ours.
 
     Yields:
         The warnings shown so far.
     """
-    handler = _WarningHandler()
+    handler = _Handler()
     logger = logging.getLogger("hf_lowbit")
     propagate, logger.propagate = logger.propagate, False
+    level = logger.level
+    logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
         with redirect_stdout(sys.stderr):
@@ -54,6 +56,7 @@ def work() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate
+        logger.setLevel(level)
 
 
 def facts(rows: list[tuple[str, str]]) -> None:
@@ -84,15 +87,18 @@ def group_name(group_size: int | str | None) -> str:
     return "one scale per row" if group_size is None else f"one scale per {group_size}"
 
 
-class _WarningHandler(logging.Handler):
-    """Shows each warning once."""
+class _Handler(logging.Handler):
+    """Shows each warning once, and the engine's account of its progress; not what single modules have to say."""
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self.shown: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message not in self.shown:
+        if record.levelno < logging.WARNING:
+            if record.name == "hf_lowbit":
+                say(message)
+        elif message not in self.shown:
             self.shown.append(message)
             warn(message)

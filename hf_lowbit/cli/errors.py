@@ -17,6 +17,7 @@ import typer
 _REQUEST_ERRORS = {
     "ConfigError",
     "CorruptWeightError",
+    "DataError",
     "EntryNotFoundError",
     "FileExistsError",
     "FileNotFoundError",
@@ -29,6 +30,7 @@ _REQUEST_ERRORS = {
     "PlanError",
     "RepositoryNotFoundError",
     "RequestError",
+    "ResumeError",
     "SpecError",
 }
 _OWN_WORDS = _REQUEST_ERRORS | {"FetchError", "OSError", "QuantizationError", "ValueError"}

@@ -44,7 +44,13 @@ def quantize_command(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Calibration texts (.txt, .jsonl, .json), for methods that need them.")
+        str | None,
+        typer.Option(
+            metavar="FILE|DATASET|self",
+            help="Calibration data, for methods that need it: texts (.txt, .jsonl, .json), a dataset "
+            "(name[:config][@split]), or self: text that the model writes.",
+            show_default=False,
+        ),
     ] = None,
     component: Annotated[
         list[str] | None,
@@ -64,13 +70,13 @@ def quantize_command(
         from hf_lowbit.cli.account import accounts
         from hf_lowbit.cli.run import quantize_to
         from hf_lowbit.cli.settings import build_config
-        from hf_lowbit.cli.sources import check_model, read_texts
+        from hf_lowbit.cli.sources import check_data, check_model
 
         options = {"bits": bits, "group_size": group_size, "format": number_format}
         config = build_config(method, config_file, options, assignments or [])
         check_model(model)
-        texts = None if data is None else read_texts(data)
-        kept = quantize_to(model, config, output, texts, component, restart)
+        check_data(data)
+        kept = quantize_to(model, config, output, data, component, restart)
         result = accounts(output)
         seconds = time.monotonic() - started
     from hf_lowbit.cli.view import account_json, show_account

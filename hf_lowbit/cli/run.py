@@ -17,7 +17,7 @@ def quantize_to(
     model: str,
     config: LowbitConfig,
     output: Path,
-    data: list[str] | None = None,
+    data: str | None = None,
     components: list[str] | None = None,
     restart: bool = False,
 ) -> bool:

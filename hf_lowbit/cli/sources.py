@@ -8,6 +8,7 @@ from pathlib import Path
 from hf_lowbit.cli.errors import RequestError
 
 AUDIO_SUFFIXES = (".wav",)
+TEXT_SUFFIXES = (".txt", ".json", ".jsonl")
 
 
 def check_model(model: str) -> None:
@@ -18,6 +19,12 @@ def check_model(model: str) -> None:
         raise RequestError(f"{model} is a file; a model is a folder, or a repository such as org/name")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or not model:
         raise RequestError(f"there is no folder {model!r}")
+
+
+def check_data(data: str | None) -> None:
+    """Raise RequestError for calibration data that is clearly a file and not there; anything else is for the engine."""
+    if data is not None and Path(data).suffix in TEXT_SUFFIXES and not Path(data).is_file():
+        raise RequestError(f"there is no file {data!r}")
 
 
 def read_texts(path: Path) -> list[str]:

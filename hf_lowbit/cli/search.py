@@ -1,0 +1,165 @@
+"""``hf-lowbit search``: mixed precision within a budget of bits per weight."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from hf_lowbit.cli.app import command
+from hf_lowbit.cli.console import facts, print_json, screen, work
+
+if TYPE_CHECKING:
+    from hf_lowbit.config import LowbitConfig
+    from hf_lowbit.search import SearchResult
+
+
+@command("search")
+def search_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a repository.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="Texts to measure on (.txt, .jsonl, .json).", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option(help="JSON file for the config; hf-lowbit quantize --config takes it.", show_default=False),
+    ],
+    bits_per_weight: Annotated[
+        float, typer.Option(help="The most that may be stored for the quantized layers, scales included.")
+    ] = 3.25,
+    candidates: Annotated[str, typer.Option(help="Bits to choose from.")] = "2,3,4,8",
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="What a layer loses: hessian (its block's output), output (its own), or kl (the model's predictions: "
+            "most faithful, slowest)."
+        ),
+    ] = "hessian",
+    method: Annotated[
+        str | None, typer.Option(help="The method's name; hf-lowbit methods lists them.", show_default=False)
+    ] = None,
+    group_size: Annotated[
+        str | None,
+        typer.Option(help="Weights that share a scale: a number, row or tensor.", show_default="the method's"),
+    ] = None,
+    number_format: Annotated[
+        str | None, typer.Option("--format", help="Number format: int, nf, power, ...", show_default="int")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Any other field of the method: --set num_samples=32. Bits that overrides give are kept: "
+            "--set overrides.lm_head.bits=8. May be repeated.",
+        ),
+    ] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="A JSON file with fields; options override it.")
+    ] = None,
+    fuse: Annotated[
+        bool, typer.Option(help="The same bits for layers that kernels run as one: query, key and value; gate and up.")
+    ] = True,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Find the bits of every layer that lose least within a budget, and write a config for quantize."""
+    started = time.monotonic()
+    with work():
+        from hf_lowbit.cli.settings import build_config
+        from hf_lowbit.cli.sources import check_model, read_texts
+        from hf_lowbit.method import method_of
+
+        config = build_config(
+            method, config_file, {"group_size": group_size, "format": number_format}, assignments or []
+        )
+        bits = _parse_candidates(candidates)
+        check_model(model)
+        _check_output(output)
+        texts = read_texts(data)
+        result = _search(model, config, texts, bits_per_weight, bits, metric, fuse)
+        output.write_text(json.dumps(result.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        needs_data = method_of(config).needs_data
+        seconds = time.monotonic() - started
+    if json_output:
+        print_json({**result.to_dict(), "model": model, "output": str(output), "command_seconds": seconds})
+        return
+    screen().print(_table(result))
+    reached = f"{result.bits_per_weight:.4f} of at most {bits_per_weight:g}"
+    facts([("bits per weight", reached), ("metric", metric), ("total loss", f"{result.loss:.4g}")])
+    screen().print(
+        f"Written to {output} in {seconds:.1f} s; next: hf-lowbit quantize {model} --config {output} "
+        f"{f'--data {data} ' if needs_data else ''}--output DIR",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _search(
+    model: str, config: LowbitConfig, texts: list[str], budget: float, bits: list[int], metric: str, fuse: bool
+) -> SearchResult:
+    from torch import nn
+
+    from hf_lowbit.allocation import AllocationError
+    from hf_lowbit.calibration.divergence import SensitivityError
+    from hf_lowbit.cli.errors import RequestError
+    from hf_lowbit.cli.run import load
+    from hf_lowbit.search import METRICS, search
+
+    if metric not in METRICS:
+        raise RequestError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
+    loaded = load(model, "loading")
+    if not isinstance(loaded, nn.Module):
+        raise RequestError(f"{model} is a pipeline: search the bits of one of its models with hf_lowbit.search")
+    try:
+        return search(loaded, config, texts, budget, bits, metric, fuse=fuse)
+    except (AllocationError, SensitivityError) as error:
+        raise RequestError(str(error)) from None
+
+
+def _parse_candidates(text: str) -> list[int]:
+    from hf_lowbit.cli.errors import RequestError
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise RequestError(f"--candidates takes bits separated by commas, such as 2,3,4,8, not {text!r}")
+    return [int(part) for part in parts]
+
+
+def _check_output(output: Path) -> None:
+    """Before minutes of work: the file can be written."""
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; --output names the JSON file to write")
+    if output.exists():
+        raise FileExistsError(f"{output} exists already; name a new file")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(output.parent)!r} to write {output.name} in")
+
+
+def _table(result: SearchResult) -> Table:
+    """One row per group of layers, with the loss of every candidate."""
+    widths = sorted({bits for group in result.groups for bits in group.losses})
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("layers", overflow="fold")
+    for column in ("weights", "bits", *(f"loss at {bits}" for bits in widths)):
+        table.add_column(column, justify="right")
+    for group in result.groups:
+        losses = [f"{group.losses[bits]:.2g}" if bits in group.losses else "" for bits in widths]
+        chosen = f"{group.bits} (given)" if group.fixed else str(group.bits)
+        table.add_row(escape(_group_name(group.layers)), f"{group.elements:,}", chosen, *losses)
+    return table
+
+
+def _group_name(layers: tuple[str, ...]) -> str:
+    """Names of siblings as ``parent.{a, b}``."""
+    parents: dict[str, list[str]] = {}
+    for name in layers:
+        parent, _, child = name.rpartition(".")
+        parents.setdefault(parent, []).append(child)
+    shown: list[Any] = [
+        ".".join(part for part in (parent, children[0] if len(children) == 1 else f"{{{', '.join(children)}}}") if part)
+        for parent, children in parents.items()
+    ]
+    return ", ".join(shown[:2]) + (f" and {len(layers) - 2} more" if len(shown) > 2 else "")
