@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_lowbit.testbed import smollm2, whisper_tiny_en
+from hf_lowbit.testbed import calibration_text, smollm2, whisper_tiny_en
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[2]
@@ -25,6 +25,7 @@ def test_examples_run(tmp_path: Path) -> None:
     for name, folder in {**places, "tests/assets/sd-fashion": ROOT / "tests/assets/sd-fashion"}.items():
         assert f'"{name}"' in program
         program = program.replace(f'"{name}"', f'"{folder}"')
+    (tmp_path / "prose.txt").write_text(calibration_text())
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
