@@ -206,9 +206,8 @@ def capture(
     modules = [model.get_submodule(block) for block in blocks]
     for batch in batches:
         captured: list[Call] = []
-        with _echoing(modules, incoming, flows, captured):
-            with suppress(_Stop):
-                model(**batch)
+        with _echoing(modules, incoming, flows, captured), suppress(_Stop):
+            model(**batch)
         if len(captured) != len(blocks):
             raise NotAChain(f"only {len(captured)} of {len(blocks)} blocks are called on some of the data")
         calls.add(captured)

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from hf_lowbit.nn import LayerSpec
     from hf_lowbit.reporting import Report
 
-_COMPANIONS = ("_scale", "_zero_point", "_table", "_low_rank_a", "_low_rank_b")
+_COMPANIONS = (
+    "_scale",
+    "_zero_point",
+    "_table",
+    "_low_rank_a",
+    "_low_rank_b",
+    "_transform_source",
+    "_transform_target",
+    "_transform_factor",
+)
 _CONFIG_FILES = ("config.json", "lowbit_config.json")
 
 

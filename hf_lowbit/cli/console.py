@@ -39,7 +39,7 @@ def print_json(values: dict[str, Any]) -> None:
 
 @contextmanager
 def work() -> Iterator[list[str]]:
-    """Around a command's work: what libraries print goes to stderr; hf_lowbit's warnings and progress are shown as ours.
+    """Around a command's work: libraries print to stderr, hf_lowbit's warnings and progress are shown as ours.
 
     Yields:
         The warnings shown so far.

@@ -8,9 +8,11 @@ from hf_lowbit.nn.kinds import KINDS, kind_of, refusal_of, register_kind
 from hf_lowbit.nn.linear import PackedConv1D, PackedLinear
 from hf_lowbit.nn.siblings import connect_siblings, disconnect_siblings
 from hf_lowbit.nn.spec import LayerSpec
+from hf_lowbit.nn.transforms import TRANSFORMS, Reassembly, TransformSpec, register_transform
 
 __all__ = [
     "KINDS",
+    "TRANSFORMS",
     "CorruptWeightError",
     "LayerSpec",
     "PackedConv1D",
@@ -20,9 +22,12 @@ __all__ = [
     "PackedExperts",
     "PackedLinear",
     "PackedModule",
+    "Reassembly",
+    "TransformSpec",
     "connect_siblings",
     "disconnect_siblings",
     "kind_of",
     "refusal_of",
     "register_kind",
+    "register_transform",
 ]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from hf_lowbit.formats import PackedTensor
+from hf_lowbit.formats import PackedTensor, SpecError
 from hf_lowbit.formats.packed import from_bits, to_bits
 from hf_lowbit.kernels import decode_matrix
 from hf_lowbit.nn.spec import LayerSpec
+from hf_lowbit.nn.transforms import TransformSpec
 
 _FACTOR_DTYPE = "bfloat16"
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -25,20 +28,22 @@ class PackedModule(nn.Module):
     """Base of the packed modules.
 
     A packed parameter keeps its original name and becomes int32 codes; companions stand beside it as
-    ``<name>_scale``, ``<name>_zero_point``, ``<name>_table``, ``<name>_low_rank_a`` and ``<name>_low_rank_b``. All
-    are integer parameters without gradient (floats as bit patterns), which no cast, ``.half()`` or ``.to(dtype)``
-    changes. Until :meth:`set_packed` is called the parameter is the original float one ("unpacked"): that is the
-    state in which a checkpoint of floats is loaded.
+    ``<name>_scale``, ``<name>_zero_point``, ``<name>_table``, ``<name>_low_rank_a``, ``<name>_low_rank_b`` and, in a
+    layer that transforms its input, ``<name>_transform_<part>``. All are integer parameters without gradient (floats
+    as bit patterns), which no cast, ``.half()`` or ``.to(dtype)`` changes. Until :meth:`set_packed` is called the
+    parameter is the original float one ("unpacked"): that is the state in which a checkpoint of floats is loaded.
 
     Attributes:
         kind: the name under which plans refer to the class.
         packed_parameters: the parameters that are packed.
+        takes_transform: whether the kind can transform its input.
         layer_spec: formats of weights and activations.
         backend: one of :data:`hf_lowbit.kernels.BACKENDS` to force it; None takes the best for each product.
     """
 
     kind: ClassVar[str]
     packed_parameters: ClassVar[tuple[str, ...]] = ("weight",)
+    takes_transform: ClassVar[bool] = False
     layer_spec: LayerSpec
     backend: str | None = None
 
@@ -60,11 +65,17 @@ class PackedModule(nn.Module):
         """((rows,) or (experts, rows), columns) of a parameter seen as a matrix that maps columns to rows."""
 
     def to_matrix(self, name: str, weight: Tensor) -> Tensor:
-        """The parameter in its original layout as a matrix ``[..., rows, columns]``."""
+        """The parameter in its original layout as the matrix ``[..., rows, columns]`` that is packed.
+
+        That of a layer which transforms its input is rewritten to read the transformed one.
+        """
         return weight
 
     def from_matrix(self, name: str, matrix: Tensor) -> Tensor:
-        """Inverse of :meth:`to_matrix`."""
+        """Inverse of :meth:`to_matrix`, a transform folded in: an ordinary layer with it computes the same.
+
+        (Merged channels stay merged: of a transform that loses something it is the inverse on what is left.)
+        """
         return matrix
 
     def branches(self, name: str) -> int:
@@ -81,6 +92,11 @@ class PackedModule(nn.Module):
             stacked = (*leading[:-1], rank * self.branches(name), columns)
             stored[f"{name}_low_rank_a"] = (stacked, torch.int16)
             stored[f"{name}_low_rank_b"] = ((*leading, rank), torch.int16)
+        if transform := self.layer_spec.transform:
+            if not self.takes_transform:
+                raise SpecError(f"layers of kind {self.kind!r} cannot transform their input")
+            parts = transform.companions(columns)
+            stored |= {f"{name}_transform_{part}": value for part, value in parts.items()}
         return stored
 
     def allocate(self, name: str, packed: bool) -> None:
@@ -125,13 +141,51 @@ class PackedModule(nn.Module):
         setattr(self, f"{name}_low_rank_a", frozen(to_bits(a, _FACTOR_DTYPE)))
         setattr(self, f"{name}_low_rank_b", frozen(to_bits(b, _FACTOR_DTYPE)))
 
+    def transform_tensors(self, name: str = "weight") -> dict[str, Tensor]:
+        """Part -> tensor of the transform, as stored; empty without one."""
+        prefix = f"{name}_transform_"
+        return {
+            key[len(prefix) :]: tensor
+            for key, tensor in self._parameters.items()
+            if tensor is not None and key.startswith(prefix)
+        }
+
+    @torch.no_grad()
+    def set_transform(
+        self, transform: TransformSpec | None, tensors: Mapping[str, Tensor] = {}, name: str = "weight"
+    ) -> None:
+        """Transform the input from now on; None: no more. For a layer that is not packed yet.
+
+        Codes that were chosen without the transform would be wrong.
+
+        Raises:
+            ValueError: tensors of other shapes than the transform's, or a kind of layer that has no transforms.
+        """
+        for part in self.transform_tensors(name):
+            delattr(self, f"{name}_transform_{part}")
+        self.layer_spec = replace(self.layer_spec, transform=transform)
+        if transform is None:
+            return
+        prefix = f"{name}_transform_"
+        expected = {key: value for key, value in self.companion_shapes(name).items() if key.startswith(prefix)}
+        given = {f"{prefix}{part}": (tuple(tensor.shape), tensor.dtype) for part, tensor in tensors.items()}
+        if given != expected:
+            raise ValueError(f"the transform {transform} has the tensors {expected}, not {given}")
+        for part, tensor in tensors.items():  # copies: layers of one input share values, never storage
+            setattr(self, f"{prefix}{part}", frozen(tensor.clone()))
+
     def dequantized(self, name: str = "weight", dtype: torch.dtype = torch.float32, branch: bool = True) -> Tensor:
-        """The weight the layer applies, in its original layout; without ``branch`` the decoded codes alone."""
-        matrix = decode_matrix(self.packed(name), dtype, self.backend)
-        factors = self.low_rank_factors(name, dtype) if branch else None
+        """The weight the layer applies, in its original layout; without ``branch`` the decoded codes alone.
+
+        A transform of the input is folded in, exactly, because it is linear: this is the weight for the input as it
+        comes.
+        """
+        wide = dtype if self.layer_spec.transform is None else torch.float32
+        matrix = decode_matrix(self.packed(name), wide, self.backend)
+        factors = self.low_rank_factors(name, wide) if branch else None
         if factors is not None:
             matrix = matrix + expand_low_rank(*factors, self.branches(name))
-        return self.from_matrix(name, matrix)
+        return self.from_matrix(name, matrix).to(dtype)
 
     def check(self) -> None:
         """Raise CorruptWeightError for stored tensors of a wrong shape or with non-finite scales or tables."""
@@ -144,15 +198,23 @@ class PackedModule(nn.Module):
                     )
                 if key != name and tensor.device.type != "meta" and not _is_finite(key, tensor, self.layer_spec):
                     raise CorruptWeightError(f"{key} holds NaN or infinite values")
+            self._check_transform(name)
+
+    def _check_transform(self, name: str) -> None:
+        transform, tensors = self.layer_spec.transform, self.transform_tensors(name)
+        if transform is None or any(tensor.device.type == "meta" for tensor in tensors.values()):
+            return
+        if problem := transform.problem(tensors, self.matrix_shape(name)[1]):
+            raise CorruptWeightError(f"{name}_transform: {problem}")
 
     def extra_repr(self) -> str:
         shapes = ", ".join("x".join(map(str, (*s[0], s[1]))) for s in map(self.matrix_shape, self.packed_parameters))
         weight, rank = self.layer_spec.weight, self.layer_spec.low_rank
         group = "row" if weight.group_size is None else weight.group_size
         activation = "" if self.layer_spec.activation is None else f", activation={self.layer_spec.activation.format}"
-        return (
-            f"{shapes}, {weight.format} {weight.bits} bits, group={group}{activation}{f', rank={rank}' if rank else ''}"
-        )
+        transform = "" if self.layer_spec.transform is None else f", transform={self.layer_spec.transform.kind}"
+        low_rank = f", rank={rank}" if rank else ""
+        return f"{shapes}, {weight.format} {weight.bits} bits, group={group}{activation}{transform}{low_rank}"
 
 
 def expect(module: nn.Module, cls: type[_Module]) -> _Module:
@@ -174,6 +236,8 @@ def expand_low_rank(a: Tensor, b: Tensor, branches: int) -> Tensor:
 
 
 def _is_finite(key: str, tensor: Tensor, spec: LayerSpec) -> bool:
+    if "_transform_" in key:
+        return True  # of its kind to judge
     if key.endswith("_zero_point") and spec.weight.has_integer_zero_point:
         return True
     if key.endswith("_table"):

@@ -18,11 +18,14 @@ class PackedLinear(PackedModule, nn.Linear):
     It is an nn.Linear to isinstance, so that tools which look for linear layers (PEFT's "all-linear", LoRA loaders)
     find it.
 
+    A transform of its input comes before everything else: before the input is quantized, and before a low-rank branch.
+
     Attributes:
         siblings: the layers it computes together with, if any (see :mod:`hf_lowbit.nn.siblings`).
     """
 
     kind = "linear"
+    takes_transform = True
     siblings: Siblings | None = None
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec) -> None:
@@ -48,8 +51,30 @@ class PackedLinear(PackedModule, nn.Linear):
         """((out_features,), in_features)."""
         return (self.out_features,), self.in_features
 
+    def arranged(self, matrix: Tensor) -> Tensor:
+        """``[out, in]`` as the float layer lays its weight out, and back: its own inverse."""
+        return matrix
+
+    def to_matrix(self, name: str, weight: Tensor) -> Tensor:
+        """``[out, in]``, rewritten for the transform if there is one."""
+        matrix, transform = self.arranged(weight), self.layer_spec.transform
+        return matrix if transform is None else transform.weights(matrix, self.transform_tensors(name))
+
+    def from_matrix(self, name: str, matrix: Tensor) -> Tensor:
+        """In the float layer's layout, a transform folded in."""
+        transform = self.layer_spec.transform
+        folded = matrix if transform is None else transform.folded(matrix, self.transform_tensors(name))
+        return self.arranged(folded)
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """The input ``[..., in_features]`` as the packed weight reads it, not quantized yet."""
+        transform = self.layer_spec.transform
+        return x if transform is None else transform.inputs(x, self.transform_tensors())
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        if self.layer_spec.transform is not None:
+            x = self.transformed(x)
         y = None if self.siblings is None else self.siblings.take(self, x)
         if y is None:
             y = packed_linear(x, self.packed(), self.layer_spec.activation, self.backend)
@@ -89,10 +114,6 @@ class PackedConv1D(PackedLinear):
         module.weight, module.bias = nn.Parameter(self.dequantized(dtype=dtype)), self.bias
         return module
 
-    def to_matrix(self, name: str, weight: Tensor) -> Tensor:
-        """``[in, out]`` to ``[out, in]``."""
-        return weight.t()
-
-    def from_matrix(self, name: str, matrix: Tensor) -> Tensor:
-        """``[out, in]`` to ``[in, out]``."""
+    def arranged(self, matrix: Tensor) -> Tensor:
+        """``[out, in]`` to ``[in, out]``, and back."""
         return matrix.t()

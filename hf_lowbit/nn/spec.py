@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_lowbit.formats import ActivationSpec, SpecError, WeightSpec
+from hf_lowbit.nn.transforms import TransformSpec
+
+_FIELDS = ("weight", "activation", "low_rank", "transform")
 
 
 @dataclass(frozen=True)
@@ -16,11 +19,13 @@ class LayerSpec:
         weight: format and granularity of its weights.
         activation: dynamic quantization of its input, or None for full precision.
         low_rank: rank of the branch that repairs the rounding error inside the layer, 0 for none.
+        transform: of its input, before anything else is done with it (see :mod:`hf_lowbit.nn.transforms`), or None.
     """
 
     weight: WeightSpec
     activation: ActivationSpec | None = None
     low_rank: int = 0
+    transform: TransformSpec | None = None
 
     def __post_init__(self) -> None:
         if type(self.low_rank) is not int or self.low_rank < 0:
@@ -33,17 +38,19 @@ class LayerSpec:
             values["activation"] = self.activation.to_dict()
         if self.low_rank:
             values["low_rank"] = self.low_rank
+        if self.transform is not None:
+            values["transform"] = self.transform.to_dict()
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerSpec:
         """Inverse of :meth:`to_dict`. Raises SpecError for unknown or missing fields."""
-        unknown = sorted(set(values) - {"weight", "activation", "low_rank"})
-        if unknown or "weight" not in values:
-            raise SpecError(f"a layer of a plan has the fields weight, activation, low_rank; got {sorted(values)}")
-        activation = values.get("activation")
+        if set(values) - set(_FIELDS) or "weight" not in values:
+            raise SpecError(f"a layer of a plan has the fields {', '.join(_FIELDS)}; got {sorted(values)}")
+        activation, transform = values.get("activation"), values.get("transform")
         return cls(
             WeightSpec.from_dict(values["weight"]),
             None if activation is None else ActivationSpec.from_dict(activation),
             values.get("low_rank", 0),
+            None if transform is None else TransformSpec.from_dict(transform),
         )

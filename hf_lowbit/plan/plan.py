@@ -25,6 +25,8 @@ class PlannedLayer:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise PlanError(f"unknown kind of packed module {self.kind!r}; registered: {', '.join(KINDS)}")
+        if self.spec.transform is not None and not KINDS[self.kind].takes_transform:
+            raise PlanError(f"layers of kind {self.kind!r} cannot transform their input ({self.spec.transform.kind})")
 
 
 @dataclass

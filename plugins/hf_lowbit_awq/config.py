@@ -9,7 +9,7 @@ from hf_lowbit.config import ConfigError, LowbitConfig, MethodName
 from hf_lowbit.formats.spec import GroupSize
 from hf_lowbit.plan.patterns import check_patterns
 
-_QUERIES_AND_KEYS = r".*(q_|k_|query|key|Wqkv|to_q|to_k).*"
+_QUERIES_AND_KEYS = r"(.*\.)?[^.]*(q_|k_|query|key|Wqkv|to_q|to_k)[^.]*"  # in the layer's own name, not its block's
 
 
 @dataclass(kw_only=True, repr=False)

@@ -26,13 +26,21 @@ def make_recipe(config: AWQConfig) -> Recipe:
 
         if config.scale_steps > 1:
             search_scales(block, quantize, config.scale_steps)
-        hessians = block.hessians() if config.clip else {}
-        for key, matrix in block.matrices.items():
-            unclipped = first_match(config.never_clip, f"{block.name}.{matrix.layer}") is not None
-            if not config.clip or unclipped or key not in hessians or matrix.spec.group_size == "tensor":
-                block.pack(key, round_to_nearest(matrix.weight, matrix.spec))
+        clipped = [key for key in block.matrices if _is_clipped(config, block, key)]
+        for key, hessian in (block.hessians(clipped) if clipped else {}).items():
+            if hessian.tokens == 0:
+                block.round_to_nearest(key, "no token of the calibration data reaches it: rounded to nearest")
                 continue
-            fit = fit_output_error(hessians[key].matrix, matrix.spec)
-            block.pack(key, round_with(fit, matrix.weight, matrix.spec))
+            matrix = block.matrices[key]
+            block.pack(key, round_with(fit_output_error(hessian.matrix, matrix.spec), matrix.weight, matrix.spec))
+        for key in block.unpacked:
+            matrix = block.matrices[key]
+            block.pack(key, round_to_nearest(matrix.weight, matrix.spec))
 
     return Recipe(calibrate=calibrate)
+
+
+def _is_clipped(config: AWQConfig, block: Block, key: str) -> bool:
+    """Whether a matrix' ranges are searched, by its layer's full name."""
+    name = ".".join(part for part in (block.name, block.matrices[key].layer) if part)
+    return config.clip and first_match(config.never_clip, name) is None

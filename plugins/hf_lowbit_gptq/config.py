@@ -36,7 +36,7 @@ class GPTQConfig(LowbitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.damping, int | float) or not 0 < self.damping <= 10:
+        if type(self.damping) not in (int, float) or not 0 < self.damping <= 10:
             raise ConfigError(f"GPTQConfig: damping must lie above 0 and not above 10, not {self.damping!r}")
         if type(self.block_size) is not int or self.block_size < 1:
             raise ConfigError(f"GPTQConfig: block_size must be a positive integer, not {self.block_size!r}")

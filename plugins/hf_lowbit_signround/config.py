@@ -24,8 +24,8 @@ class SignRoundConfig(LowbitConfig):
         optimizer: "sign" (the paper's) or "adam".
         start: "gptq": GPTQ's codes on grids with searched clipping; "clip": those grids; "nearest": the plain grid, as
             in the paper.
-        reach: how far a shift may go, in steps. The paper has 0.5, which keeps each code beside its weight; GPTQ's codes
-            may lie further away, and need 1 [ours].
+        reach: how far a shift may go, in steps. The paper has 0.5, which keeps each code beside its weight; GPTQ's
+            codes may lie further away, and need 1 [ours].
     """
 
     quant_method: ClassVar[MethodName] = MethodName("lowbit_signround")  # type: ignore[misc]

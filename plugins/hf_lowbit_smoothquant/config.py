@@ -13,8 +13,8 @@ class SmoothQuantConfig(LowbitConfig):
     """SmoothQuant (arXiv 2211.10438): W8A8 with a scale per output row and one per token.
 
     Attributes:
-        alpha: how much of the inputs' range moves into the weights, 0 to 1. The authors take 0.5 for OPT and BLOOM, 0.85
-            for Llama 2 and 3, 0.8 for Mistral.
+        alpha: how much of the inputs' range moves into the weights, 0 to 1. The authors take 0.5 for OPT and BLOOM,
+            0.85 for Llama 2 and 3, 0.8 for Mistral.
     """
 
     quant_method: ClassVar[MethodName] = MethodName("lowbit_smoothquant")  # type: ignore[misc]
@@ -25,5 +25,10 @@ class SmoothQuantConfig(LowbitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.activation_bits is None and self.activation_format is None:
+            raise ConfigError(
+                "SmoothQuantConfig: activation_bits must be set: smoothing helps inputs and harms weights; "
+                "for weights alone take another method, such as awq"
+            )
         if not isinstance(self.alpha, int | float) or isinstance(self.alpha, bool) or not 0 <= self.alpha <= 1:
             raise ConfigError(f"SmoothQuantConfig: alpha must lie between 0 and 1, not {self.alpha!r}")

@@ -35,12 +35,16 @@ def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyMode
     return folder
 
 
+_SHORT = {"iterations": 3, "epochs": 2}  # the promises do not depend on how long a method trains
+
+
 def config_of(method: Any, tiny: TinyModel) -> Any:
     """A method's 4-bit config, with data where it calibrates."""
+    short = {name: value for name, value in _SHORT.items() if name in method.config_class.__dataclass_fields__}
     if not method.needs_data:
-        return method.config_class(bits=4)
+        return method.config_class(bits=4, **short)
     inputs = {key: torch.atleast_1d(torch.as_tensor(value)) for key, value in tiny.inputs(torch.float32).items()}
-    return method.config_class(bits=4, dataset=[inputs] * 2, num_samples=2)
+    return method.config_class(bits=4, dataset=[inputs] * 2, num_samples=2, **short)
 
 
 def quantized(method: Any, tiny: TinyModel, folder: Path, dtype: torch.dtype = torch.bfloat16, **arguments: Any) -> Any:
@@ -78,3 +82,16 @@ def artefact(
         return made[key]
 
     return make
+
+
+def is_slow(method: Any, tiny: TinyModel) -> bool:
+    """The slowest architectures are for the full run only, for methods that calibrate; GPTQ stands for them."""
+    return method.needs_data and method.name != "gptq" and tiny.name in ("unet", "mamba", "mamba2", "llama_tied")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark them."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if "method" in parameters and "tiny" in parameters and is_slow(parameters["method"], parameters["tiny"]):
+            item.add_marker(pytest.mark.slow)

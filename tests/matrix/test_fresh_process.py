@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import hf_lowbit
+from tests.matrix.conftest import is_slow
 from tests.matrix.models import MODELS
 
 _RELOAD = """
@@ -27,8 +29,10 @@ for line in sys.stdin:
 """
 
 
-def test_every_artefact_reloads_in_a_new_process(artefact: Callable[..., Any], tmp_path: Path) -> None:
-    saved = [(tiny, artefact(method, tiny)) for method in hf_lowbit.methods().values() for tiny in MODELS.values()]
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_artefact_reloads_in_a_new_process(slow: bool, artefact: Callable[..., Any], tmp_path: Path) -> None:
+    every = [(method, tiny) for method in hf_lowbit.methods().values() for tiny in MODELS.values()]
+    saved = [(tiny, artefact(method, tiny)) for method, tiny in every if is_slow(method, tiny) is slow]
     orders = [json.dumps([tiny.name, str(a.folder), str(tmp_path / f"{i}.pt")]) for i, (tiny, a) in enumerate(saved)]
     result = subprocess.run(
         [sys.executable, "-c", _RELOAD], input="\n".join(orders), capture_output=True, text=True, check=False

@@ -20,7 +20,7 @@ def data() -> torch.Tensor:
 
 @torch.no_grad()
 def error(**fields: Any) -> float:
-    """Relative error of the logits on the calibration data: random weights have no structure to be learned from others."""
+    """Relative error of the logits on the calibration data: random weights teach nothing about other data."""
     torch.manual_seed(0)
     model = LLAMA.build().eval()
     expected = model(input_ids=data()).logits

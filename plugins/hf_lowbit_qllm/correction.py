@@ -1,0 +1,147 @@
+"""Efficient error correction (QLLM, arXiv 2310.08041, section 4.3): low-rank terms make good a block's error.
+
+The weights of the block become W + s B A, with B = 0 at first, trained so that the block returns what the float one
+did. What is trained is what is deployed: the forward pass computes with Q(W + s B A), gradients pass straight through
+the rounding [ours: the authors train Q(W) + s B A, and round the sum afterwards].
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hf_lowbit.calibration.block import Block
+from hf_lowbit.calibration.reassembling import quantized_inputs
+from hf_lowbit.formats import WeightSpec
+from hf_lowbit.nn import PackedLinear
+from hf_lowbit.rounding.clip import fit_range
+from hf_lowbit.rounding.grid import nearest_values
+from hf_lowbit.rounding.store import format_for, to_groups
+from hf_lowbit.transforms.fold import is_norm
+from hf_lowbit_qllm.config import QLLMConfig
+
+logger = logging.getLogger("hf_lowbit")
+
+
+class Correction(nn.Module):
+    """What is trained of a block: A and B of every layer, and the weights and biases of the norms.
+
+    Attributes:
+        layers: name in the block -> packed layer to be, its parameters still the float layer's.
+    """
+
+    def __init__(self, block: Block, layers: Mapping[str, PackedLinear], config: QLLMConfig) -> None:
+        super().__init__()
+        self.layers = dict(layers)
+        self.scaling = config.lora_alpha / config.lora_rank
+        generator = torch.Generator().manual_seed(block.seed)
+        pairs = [_factors(layer, config.lora_rank, generator) for layer in self.layers.values()]
+        self.a = nn.ParameterList([a for a, _ in pairs])
+        self.b = nn.ParameterList([b for _, b in pairs])
+        norms = _norm_parameters(block.module) if config.train_norms else {}
+        self.norm_names = list(norms)
+        self.norms = nn.ParameterList([parameter.detach().clone() for parameter in norms.values()])
+
+    def corrected(self) -> dict[str, Tensor]:
+        """Parameter of the block -> W + s B A, as the float layer lays it out."""
+        return {
+            f"{name}.weight" if name else "weight": layer.weight.detach() + layer.arranged(self.scaling * (b @ a))
+            for (name, layer), a, b in zip(self.layers.items(), self.a, self.b, strict=True)
+        }
+
+    def simulated(self) -> dict[str, Tensor]:
+        """Parameter of the block -> its value while the block trains: rounded weights, norms."""
+        values = dict(zip(self.norm_names, self.norms, strict=True))
+        for layer, (name, weight) in zip(self.layers.values(), self.corrected().items(), strict=True):
+            matrix = layer.to_matrix("weight", weight)
+            with torch.no_grad():
+                step = rounded(matrix, layer.layer_spec.weight) - matrix
+            values[name] = layer.arranged(matrix + step)
+        return values
+
+    @torch.no_grad()
+    def fuse(self, block: Block) -> None:
+        """Put the corrected weights and the norms into the block."""
+        for name, value in (*self.corrected().items(), *zip(self.norm_names, self.norms, strict=True)):
+            block.module.get_parameter(name).copy_(value)
+
+
+def correct(block: Block, layers: Mapping[str, PackedLinear], config: QLLMConfig) -> tuple[float, float]:
+    """Train a correction on the block's data and fuse it; one that does not lower the error is left out [ours].
+
+    Args:
+        layers: float still, with their transforms.
+
+    Returns:
+        Mean squared error of the block's output before and after.
+    """
+    correction = Correction(block, layers, config)
+    with quantized_inputs(block, layers):
+        before = _mean_loss(block, correction)
+        _train(block, correction, config)
+        after = _mean_loss(block, correction)
+    if after < before:
+        correction.fuse(block)
+    else:
+        logger.info("%s: the correction did not lower the error and is left out; lower learning_rate", block.name)
+    return before, min(before, after)
+
+
+@torch.enable_grad()
+def _train(block: Block, correction: Correction, config: QLLMConfig) -> None:
+    trained = list(correction.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(block.seed)
+    steps = config.epochs * len(block)
+    for epoch in range(config.epochs):
+        for place, batch in enumerate(torch.randperm(len(block), generator=generator).tolist()):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * (1 - (epoch * len(block) + place) / steps)
+            loss = _loss(block, correction, batch)
+            # gradients of these alone: the block's own parameters collect none
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+
+
+def _loss(block: Block, correction: Correction, batch: int) -> Tensor:
+    args, kwargs = block.arguments(batch)
+    output = block.output_of(functional_call(block.module, correction.simulated(), args, kwargs))
+    return torch.nn.functional.mse_loss(output, block.target(batch))
+
+
+@torch.no_grad()
+def _mean_loss(block: Block, correction: Correction) -> float:
+    return sum(_loss(block, correction, batch).item() for batch in range(len(block))) / len(block)
+
+
+def _norm_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Name -> weights and biases of all norms; of what several share, once.
+
+    Not of group norms: with channels last and an input that needs no gradient, theirs crash torch 2.13.
+    """
+    owners = {n for n, part in module.named_modules() if is_norm(part) and not isinstance(part, nn.GroupNorm)}
+    return {name: p for name, p in module.named_parameters() if name.rpartition(".")[0] in owners and p.dim() == 1}
+
+
+def _factors(layer: PackedLinear, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A ``[rank, in]``, uniform as LoRA's, and B ``[out, rank]`` = 0."""
+    bound = 1 / math.sqrt(layer.in_features)
+    a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+    device = layer.weight.device
+    return a.to(device), torch.zeros(layer.out_features, rank, device=device)
+
+
+def rounded(matrix: Tensor, spec: WeightSpec) -> Tensor:
+    """What rounding ``[rows, columns]`` to nearest decodes to, without packing it."""
+    number_format, _ = format_for(matrix, spec)
+    grouped = matrix.float().reshape(1, 1, -1) if spec.group_size == "tensor" else to_groups(matrix, spec)
+    grid = fit_range(grouped, spec, number_format)
+    values = nearest_values(grid.to_table_units(grouped), number_format) - grid.zero_point.unsqueeze(-1)
+    return (values * grid.scale.unsqueeze(-1)).reshape(matrix.shape)
