@@ -30,8 +30,8 @@ class Training:
         iterations: steps, each on one batch of the calibration data; 0 leaves the weights as they start.
         learning_rate: at the start; it falls linearly to zero.
         optimizer: "sign": steps along the gradient's sign (SignRound); "adam".
-        keep_best: end with the parameters of the step of the smallest loss, each batch's compared with what the same
-            batch lost first; False ends with the last ones.
+        keep_best: where the last pass over the data lost more than an earlier one, end with the parameters that the best
+            pass began with; False always ends with the last ones.
     """
 
     iterations: int = 200
@@ -62,7 +62,10 @@ def reconstruct(block: Block, learned: Mapping[str, LearnedWeight], training: Tr
     try:
         with _quantized_inputs(block):
             for step in range(training.iterations):
-                order = order or torch.randperm(len(block), generator=generator).tolist()
+                if not order:
+                    order = torch.randperm(len(block), generator=generator).tolist()
+                    if best is not None:
+                        best.begin_pass()
                 batch = order.pop()
                 progress = step / training.iterations
                 for group in optimizer.param_groups:
@@ -72,7 +75,7 @@ def reconstruct(block: Block, learned: Mapping[str, LearnedWeight], training: Tr
                 loss = _loss(block, learned, batch)
                 losses.append(loss.item())
                 if best is not None:
-                    best.see(batch, losses[-1])
+                    best.see(losses[-1], len(order) == 0)
                 regularizer = sum(weight.regularizer(progress) for weight in learned.values())
                 (loss + regularizer).backward()
                 optimizer.step()
@@ -89,29 +92,36 @@ def reconstruct(block: Block, learned: Mapping[str, LearnedWeight], training: Tr
 
 
 class _Best:
-    """The parameters that lost least so far.
+    """The parameters at the beginning of the pass over the data that lost least.
 
-    Batches differ in how hard they are: a loss counts relative to the batch's first one [ours].
+    Whole passes are compared, because batches differ in how hard they are [ours].
     """
 
     def __init__(self, learned: Mapping[str, LearnedWeight]) -> None:
         self._learned = learned
-        self._first: dict[int, float] = {}
-        self._least = float("inf")
+        self._least, self._sum = float("inf"), 0.0
+        self._begun: dict[str, dict[str, Tensor]] = {}
         self._kept: dict[str, dict[str, Tensor]] = {}
+        self._last_is_best = True
 
-    def see(self, batch: int, loss: float) -> None:
-        first = self._first.setdefault(batch, loss)
-        relative = loss / first if first > 0 else 1.0
-        if relative < self._least:
-            self._least = relative
-            self._kept = {
-                key: {name: p.detach().clone() for name, p in weight.named_parameters()}
-                for key, weight in self._learned.items()
-            }
+    def begin_pass(self) -> None:
+        self._sum = 0.0
+        self._begun = {
+            key: {name: p.detach().clone() for name, p in weight.named_parameters()}
+            for key, weight in self._learned.items()
+        }
+
+    def see(self, loss: float, ends_pass: bool) -> None:
+        self._sum += loss
+        if ends_pass:
+            self._last_is_best = self._sum < self._least
+            if self._last_is_best:
+                self._least, self._kept = self._sum, self._begun
 
     @torch.no_grad()
     def restore(self) -> None:
+        if self._last_is_best:
+            return
         for key, kept in self._kept.items():
             for name, parameter in self._learned[key].named_parameters():
                 parameter.copy_(kept[name])

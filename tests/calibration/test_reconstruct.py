@@ -152,18 +152,19 @@ def test_every_batch_is_seen_once_before_any_is_seen_again(monkeypatch: pytest.M
     in_first_block(check)
 
 
-def test_the_best_parameters_are_kept() -> None:
+@pytest.mark.parametrize("batches", [1, 4])
+def test_the_best_parameters_are_kept(batches: int) -> None:
     """With a rate that ruins the ranges at once, the start was best."""
 
     def check(block: Block) -> None:
-        learned, wild = clippings(block), replace(ADAM, learning_rate=30.0, iterations=6)
+        learned, wild = clippings(block), replace(ADAM, learning_rate=30.0, iterations=3 * batches)
         reconstruct(block, learned, wild)
         assert all(bool((weight.upper == 4.0).all()) for weight in learned.values())
         ruined = clippings(block)
         reconstruct(block, ruined, replace(wild, keep_best=False))
         assert loss_of(block, ruined) > 2 * loss_of(block, learned)
 
-    in_first_block(check, batches=token_batches(1))
+    in_first_block(check, batches=token_batches(batches))
 
 
 def test_experts_are_trained_in_their_stacks() -> None:
