@@ -7,7 +7,7 @@ METHOD = Method(
     name="hqq",
     config_class=HQQConfig,
     recipe="hf_lowbit_hqq.recipe:make_recipe",
-    summary="zero points by half-quadratic splitting: data-free, a minute; better than rtn at 4 bits and below",
+    summary="zero points by half-quadratic splitting: data-free, a minute; beats symmetric rtn at 4 bits and below",
     paper="Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models (Mobius Labs, November 2023)",
 )
 
