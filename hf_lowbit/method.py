@@ -8,16 +8,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hf_lowbit.calibration.block import Block
 from hf_lowbit.config import LowbitConfig
 from hf_lowbit.formats import PackedTensor, WeightSpec
-from hf_lowbit.rounding import round_to_nearest
+
+if TYPE_CHECKING:
+    from hf_lowbit.calibration.block import Block
 
 ENTRY_POINT_GROUP = "hf_lowbit.methods"
 DOMAINS = ("language", "speech", "diffusion", "state-space", "vision")
+
+
+def _round_to_nearest(weight: Tensor, spec: WeightSpec) -> PackedTensor:
+    from hf_lowbit.rounding import round_to_nearest  # registering methods imports no algorithm
+
+    return round_to_nearest(weight, spec)
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Recipe:
         targets: whether it needs what the float model's blocks return (:meth:`Block.target`).
     """
 
-    rounding: Callable[[Tensor, WeightSpec], PackedTensor] = round_to_nearest
+    rounding: Callable[[Tensor, WeightSpec], PackedTensor] = _round_to_nearest
     calibrate: Callable[[Block], None] | None = None
     targets: bool = False
 

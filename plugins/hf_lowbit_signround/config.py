@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hf_lowbit.calibration.reconstruct import Training
 from hf_lowbit.config import ConfigError, LowbitConfig, MethodName
 from hf_lowbit.formats.spec import GroupSize
 from hf_lowbit.training.optimizers import OPTIMIZERS
@@ -53,8 +52,7 @@ class SignRoundConfig(LowbitConfig):
                 raise ConfigError(f"SignRoundConfig: {name} must be one of {options}, not {getattr(self, name)!r}")
 
     @property
-    def training(self) -> Training:
-        """How each block is trained."""
+    def rate(self) -> float:
+        """The learning rate, the usual one where none is given."""
         usual = (1.0 if self.start == "nearest" else 0.5) / self.iterations
-        rate = usual if self.learning_rate is None else self.learning_rate
-        return Training(self.iterations, rate, self.optimizer)
+        return usual if self.learning_rate is None else self.learning_rate

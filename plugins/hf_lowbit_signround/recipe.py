@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_lowbit.calibration.block import Block
 from hf_lowbit.calibration.matrices import Matrix
-from hf_lowbit.calibration.reconstruct import reconstruct
+from hf_lowbit.calibration.reconstruct import Training, reconstruct
 from hf_lowbit.calibration.statistics import Hessian
 from hf_lowbit.formats import PackedTensor
 from hf_lowbit.method import Recipe
@@ -30,7 +30,7 @@ def make_recipe(config: SignRoundConfig) -> Recipe:
             start = None if config.start == "nearest" else _start(config.start, matrix, hessian)
             learned[key] = SignRounding(matrix.weight, matrix.spec, start, reach=config.reach)
         if learned:
-            reconstruct(block, learned, config.training)
+            reconstruct(block, learned, Training(config.iterations, config.rate, config.optimizer))
         for key, weight in learned.items():
             block.pack(key, weight.pack())
 
