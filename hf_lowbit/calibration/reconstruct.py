@@ -30,8 +30,8 @@ class Training:
         iterations: steps, each on one batch of the calibration data; 0 leaves the weights as they start.
         learning_rate: at the start; it falls linearly to zero.
         optimizer: "sign": steps along the gradient's sign (SignRound); "adam".
-        keep_best: where the last pass over the data lost more than an earlier one, end with the parameters that the best
-            pass began with; False always ends with the last ones.
+        keep_best: where the last pass over the data lost more than an earlier one, end with the parameters that the
+            best pass began with; False always ends with the last ones.
     """
 
     iterations: int = 200
