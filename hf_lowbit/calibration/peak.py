@@ -31,8 +31,8 @@ def predict_peak(
     kept = min(activations, limit)
     spilled = f" ({_mb(activations - kept)} more on disk)" if activations > kept else ""
     return (
-        f"predicted peak of tensors: {_mb(held + block + statistics + kept)}: model {_mb(held)}, one block {_mb(block)}, "
-        f"statistics {_mb(statistics)}, activations {_mb(kept)}{spilled}"
+        f"predicted peak of tensors: {_mb(held + block + statistics + kept)}: model {_mb(held)}, "
+        f"one block {_mb(block)}, statistics {_mb(statistics)}, activations {_mb(kept)}{spilled}"
     )
 
 
