@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_lowbit.calibration.block import PackedParameter
 from hf_lowbit.calibration.checkpoint import Checkpoint, fingerprint_of
 from hf_lowbit.calibration.data import CalibrationData, prepare_data
-from hf_lowbit.calibration.parallel import processes
+from hf_lowbit.calibration.parallel import processes, rank, wait_for_all
 from hf_lowbit.calibration.peak import predict_peak
 from hf_lowbit.calibration.store import default_limit
 from hf_lowbit.calibration.walk import Walk
@@ -57,29 +57,36 @@ def calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run =
         PlanError, DataError, ResumeError: before any weight is changed.
         QuantizationError: a layer that could not be quantized.
     """
-    assert recipe.calibrate is not None
-    started = time.monotonic()
     plan = build_plan(model, config, model_facts(model, shared_weights(model)))
     for warning in plan.warnings:
         logger.warning(warning)
     was_training = model.training
     model.eval()
+    try:
+        _calibrate(model, config, recipe, run, plan)
+    finally:
+        model.train(was_training)
+
+
+def _calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run, plan: Plan) -> None:
+    assert recipe.calibrate is not None
+    started = time.monotonic()
     data = _prepare(model, config)
     checkpoint = _checkpoint(model, config, data, run)
     limit = default_limit()
     logger.info("%s", predict_peak(model, plan.layers, data.batches, recipe.targets, limit))
     original_bits = 8 * next(p.element_size() for p in model.parameters() if p.is_floating_point())
-    rank = config.low_rank.rank if config.low_rank is not None and config.low_rank.keep == "adapter" else 0
+    adapter_rank = config.low_rank.rank if config.low_rank is not None and config.low_rank.keep == "adapter" else 0
 
     def pack(module: PackedModule, parameter: str, weight: Tensor, packed: PackedTensor, where: str) -> PackedParameter:
-        return pack_parameter(module, parameter, weight, packed, where, rank)
+        return pack_parameter(module, parameter, weight, packed, where, adapter_rank)
 
     restore = _snapshot(model, plan) if run.undo else None
     try:
         walk = Walk(
             model, plan.layers, recipe.calibrate, data.batches, pack,
             targets=recipe.targets, checkpoint=checkpoint, seed=config.seed, limit=limit,
-            folder=None if checkpoint is None else checkpoint.folder.parent,
+            folder=checkpoint.folder.parent,
         )  # fmt: skip
         walked = walk.run()
         config.provenance = {**config.provenance, **_provenance(data, config)}
@@ -94,9 +101,8 @@ def calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run =
         if restore is not None:
             restore()
         raise
-    finally:
-        model.train(was_training)
-    if checkpoint is not None:
+    wait_for_all()
+    if rank() == 0:
         checkpoint.finish()
 
 
@@ -124,7 +130,11 @@ def _checkpoint(model: nn.Module, config: LowbitConfig, data: CalibrationData, r
     }
     fingerprint = fingerprint_of(model.state_dict().items(), facts)
     folder = run.folder or cache_home().parent / "resume" / fingerprint[:24]
-    checkpoint = Checkpoint(folder, fingerprint, run.resume)
+    if rank() != 0:
+        wait_for_all()  # the first process begins the folder, and it alone may discard one
+    checkpoint = Checkpoint(folder, fingerprint, run.resume or rank() != 0)
+    if rank() == 0:
+        wait_for_all()
     if checkpoint.finished:
         logger.info("%d finished blocks are taken from %s", checkpoint.finished, folder)
     else:

@@ -18,9 +18,9 @@ from hf_lowbit.calibration.scaling import first_sequence
 from hf_lowbit.calibration.sites import shared_inputs
 from hf_lowbit.calibration.statistics import Hessian
 from hf_lowbit.formats import decode
-from hf_lowbit.kernels.activation import quantize_tokens
 from hf_lowbit.nn import PackedLinear, Reassembly
 from hf_lowbit.rounding import round_to_nearest
+from hf_lowbit.training.straight_through import simulate_activation
 from hf_lowbit.transforms.reassembly import Assignment, ReassemblyError, assign, candidates, pair_errors
 
 logger = logging.getLogger("hf_lowbit")
@@ -184,10 +184,5 @@ def quantized_inputs(block: Block, layers: Mapping[str, PackedLinear]) -> Iterat
 
 
 def _read(layer: PackedLinear, x: Tensor) -> Tensor:
-    x = layer.transformed(x)
-    if layer.layer_spec.activation is None:
-        return x
-    with torch.no_grad():
-        codes, scale = quantize_tokens(x.reshape(-1, x.shape[-1]), layer.layer_spec.activation)
-        values = (codes.float() * scale).reshape(x.shape)
-    return x + (values - x).detach()
+    x, activation = layer.transformed(x), layer.layer_spec.activation
+    return x if activation is None else simulate_activation(x, activation)

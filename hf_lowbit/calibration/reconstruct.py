@@ -17,9 +17,9 @@ from torch.func import functional_call
 
 from hf_lowbit.calibration.block import Block
 from hf_lowbit.formats import ActivationSpec
-from hf_lowbit.kernels.activation import quantize_tokens
 from hf_lowbit.rounding.learned import LearnedWeight
 from hf_lowbit.training.optimizers import make_optimizer
+from hf_lowbit.training.straight_through import simulate_activation
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,7 @@ def _quantized_inputs(block: Block) -> Iterator[None]:
 
 
 def _simulate(module: nn.Module, args: tuple[Tensor, ...], spec: ActivationSpec) -> tuple[Tensor, ...]:
-    x, *rest = args
-    with torch.no_grad():
-        codes, scale = quantize_tokens(x.reshape(-1, x.shape[-1]), spec)
-        values = (codes.float() * scale).reshape(x.shape)
-    return (x + (values - x).detach(), *rest)
+    return (simulate_activation(args[0], spec), *args[1:])
 
 
 def _mean(values: list[float]) -> float:

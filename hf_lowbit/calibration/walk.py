@@ -133,8 +133,7 @@ class Walk:
         for index, name in enumerate(unit.stack.blocks):
             last = index == len(unit.stack.blocks) - 1
             module = self.model.get_submodule(name)
-            types = {id(p): p.dtype for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()}
-            kept = {key: types[id(p)] for key, p in _floats(module)}
+            kept = {key: tensor.dtype for key, tensor in _floats(module)}
             module.float()
             if floats is not None:
                 targets = advance(floats, index, module, targets, store)

@@ -10,6 +10,7 @@ import typer
 
 from hf_lowbit.cli.app import command
 from hf_lowbit.cli.console import print_json, say, screen, work
+from hf_lowbit.cli.options import CONFIG_FILE, DATA, GROUP_SIZE, METHOD
 
 
 @command("quantize")
@@ -23,14 +24,9 @@ def quantize_command(
     output: Annotated[
         Path, typer.Option(help="Folder for the result: new, empty, or an earlier result.", show_default=False)
     ],
-    method: Annotated[
-        str | None, typer.Option(help="The method's name; hf-lowbit methods lists them.", show_default=False)
-    ] = None,
+    method: Annotated[str | None, METHOD] = None,
     bits: Annotated[int | None, typer.Option(help="Bits per weight.", show_default="the format's")] = None,
-    group_size: Annotated[
-        str | None,
-        typer.Option(help="Weights that share a scale: a number, row or tensor.", show_default="the method's"),
-    ] = None,
+    group_size: Annotated[str | None, GROUP_SIZE] = None,
     number_format: Annotated[
         str | None, typer.Option("--format", help="Number format: int, nf, fp_e2m1, ternary, ...", show_default="int")
     ] = None,
@@ -43,22 +39,12 @@ def quantize_command(
             "--set overrides.lm_head.bits=8. hf-lowbit methods NAME lists them. May be repeated.",
         ),
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|DATASET|self",
-            help="Calibration data, for methods that need it: texts (.txt, .jsonl, .json), a dataset "
-            "(name[:config][@split]), or self: text that the model writes.",
-            show_default=False,
-        ),
-    ] = None,
+    data: Annotated[str | None, DATA] = None,
     component: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Part of a pipeline to quantize; by default its denoiser. May be repeated."),
     ] = None,
-    config_file: Annotated[
-        Path | None, typer.Option("--config", help="A JSON file with fields; options override it.")
-    ] = None,
+    config_file: Annotated[Path | None, CONFIG_FILE] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Replace an earlier result instead of keeping or refusing it.")
     ] = False,

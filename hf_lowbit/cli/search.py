@@ -13,6 +13,7 @@ from rich.table import Table
 
 from hf_lowbit.cli.app import command
 from hf_lowbit.cli.console import facts, print_json, screen, work
+from hf_lowbit.cli.options import CONFIG_FILE, DATA, GROUP_SIZE, METHOD
 
 if TYPE_CHECKING:
     from hf_lowbit.config import LowbitConfig
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @command("search")
 def search_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a repository.", show_default=False)],
-    data: Annotated[Path, typer.Option(help="Texts to measure on (.txt, .jsonl, .json).", show_default=False)],
+    data: Annotated[str, DATA],
     output: Annotated[
         Path,
         typer.Option(help="JSON file for the config; hf-lowbit quantize --config takes it.", show_default=False),
@@ -38,13 +39,8 @@ def search_command(
             "most faithful, slowest)."
         ),
     ] = "hessian",
-    method: Annotated[
-        str | None, typer.Option(help="The method's name; hf-lowbit methods lists them.", show_default=False)
-    ] = None,
-    group_size: Annotated[
-        str | None,
-        typer.Option(help="Weights that share a scale: a number, row or tensor.", show_default="the method's"),
-    ] = None,
+    method: Annotated[str | None, METHOD] = None,
+    group_size: Annotated[str | None, GROUP_SIZE] = None,
     number_format: Annotated[
         str | None, typer.Option("--format", help="Number format: int, nf, power, ...", show_default="int")
     ] = None,
@@ -57,9 +53,7 @@ def search_command(
             "--set overrides.lm_head.bits=8. May be repeated.",
         ),
     ] = None,
-    config_file: Annotated[
-        Path | None, typer.Option("--config", help="A JSON file with fields; options override it.")
-    ] = None,
+    config_file: Annotated[Path | None, CONFIG_FILE] = None,
     fuse: Annotated[
         bool, typer.Option(help="The same bits for layers that kernels run as one: query, key and value; gate and up.")
     ] = True,
@@ -69,7 +63,7 @@ def search_command(
     started = time.monotonic()
     with work():
         from hf_lowbit.cli.settings import build_config
-        from hf_lowbit.cli.sources import check_model, read_texts
+        from hf_lowbit.cli.sources import check_data, check_model
         from hf_lowbit.method import method_of
 
         config = build_config(
@@ -78,8 +72,8 @@ def search_command(
         bits = _parse_candidates(candidates)
         check_model(model)
         _check_output(output)
-        texts = read_texts(data)
-        result = _search(model, config, texts, bits_per_weight, bits, metric, fuse)
+        check_data(data)
+        result = _search(model, config, data, bits_per_weight, bits, metric, fuse)
         output.write_text(json.dumps(result.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         needs_data = method_of(config).needs_data
         seconds = time.monotonic() - started
@@ -98,7 +92,7 @@ def search_command(
 
 
 def _search(
-    model: str, config: LowbitConfig, texts: list[str], budget: float, bits: list[int], metric: str, fuse: bool
+    model: str, config: LowbitConfig, data: str, budget: float, bits: list[int], metric: str, fuse: bool
 ) -> SearchResult:
     from torch import nn
 
@@ -114,7 +108,7 @@ def _search(
     if not isinstance(loaded, nn.Module):
         raise RequestError(f"{model} is a pipeline: search the bits of one of its models with hf_lowbit.search")
     try:
-        return search(loaded, config, texts, budget, bits, metric, fuse=fuse)
+        return search(loaded, config, data, budget, bits, metric, fuse=fuse)
     except (AllocationError, SensitivityError) as error:
         raise RequestError(str(error)) from None
 
