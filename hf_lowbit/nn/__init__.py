@@ -3,17 +3,32 @@
 from hf_lowbit.nn.base import CorruptWeightError, PackedModule
 from hf_lowbit.nn.conv import PackedConv1d, PackedConv2d
 from hf_lowbit.nn.embedding import PackedEmbedding
+from hf_lowbit.nn.exact import (
+    EXACT_KINDS,
+    ExactColumns,
+    ExactSparse,
+    ExactSpec,
+    keep_columns,
+    keep_weights,
+    register_exact,
+)
 from hf_lowbit.nn.experts import PackedExperts
 from hf_lowbit.nn.kinds import KINDS, kind_of, refusal_of, register_kind
 from hf_lowbit.nn.linear import PackedConv1D, PackedLinear
 from hf_lowbit.nn.siblings import connect_siblings, disconnect_siblings
 from hf_lowbit.nn.spec import LayerSpec
-from hf_lowbit.nn.transforms import TRANSFORMS, Reassembly, TransformSpec, register_transform
+from hf_lowbit.nn.transforms import TRANSFORMS, Hadamard, Incoherence, Reassembly, TransformSpec, register_transform
 
 __all__ = [
+    "EXACT_KINDS",
     "KINDS",
     "TRANSFORMS",
     "CorruptWeightError",
+    "ExactColumns",
+    "ExactSparse",
+    "ExactSpec",
+    "Hadamard",
+    "Incoherence",
     "LayerSpec",
     "PackedConv1D",
     "PackedConv1d",
@@ -26,8 +41,11 @@ __all__ = [
     "TransformSpec",
     "connect_siblings",
     "disconnect_siblings",
+    "keep_columns",
+    "keep_weights",
     "kind_of",
     "refusal_of",
+    "register_exact",
     "register_kind",
     "register_transform",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_lowbit.formats import PackedTensor, SpecError
 from hf_lowbit.formats.packed import from_bits, to_bits
 from hf_lowbit.kernels import decode_matrix
+from hf_lowbit.nn.exact import ExactSpec
 from hf_lowbit.nn.spec import LayerSpec
 from hf_lowbit.nn.transforms import TransformSpec
 
@@ -29,14 +30,15 @@ class PackedModule(nn.Module):
 
     A packed parameter keeps its original name and becomes int32 codes; companions stand beside it as
     ``<name>_scale``, ``<name>_zero_point``, ``<name>_table``, ``<name>_low_rank_a``, ``<name>_low_rank_b`` and, in a
-    layer that transforms its input, ``<name>_transform_<part>``. All are integer parameters without gradient (floats
-    as bit patterns), which no cast, ``.half()`` or ``.to(dtype)`` changes. Until :meth:`set_packed` is called the
-    parameter is the original float one ("unpacked"): that is the state in which a checkpoint of floats is loaded.
+    layer with a transform or an exact part, ``<name>_transform_<part>`` and ``<name>_exact_<part>``. All are integer
+    parameters without gradient (floats as bit patterns), which no cast, ``.half()`` or ``.to(dtype)`` changes.
+    Until :meth:`set_packed` is called the parameter is the original float one ("unpacked"): that is the state in which
+    a checkpoint of floats is loaded.
 
     Attributes:
         kind: the name under which plans refer to the class.
         packed_parameters: the parameters that are packed.
-        takes_transform: whether the kind can transform its input.
+        takes_transform, takes_exact: whether the kind can have a transform, and an exact part.
         layer_spec: formats of weights and activations.
         backend: one of :data:`hf_lowbit.kernels.BACKENDS` to force it; None takes the best for each product.
     """
@@ -44,6 +46,7 @@ class PackedModule(nn.Module):
     kind: ClassVar[str]
     packed_parameters: ClassVar[tuple[str, ...]] = ("weight",)
     takes_transform: ClassVar[bool] = False
+    takes_exact: ClassVar[bool] = False
     layer_spec: LayerSpec
     backend: str | None = None
 
@@ -67,7 +70,7 @@ class PackedModule(nn.Module):
     def to_matrix(self, name: str, weight: Tensor) -> Tensor:
         """The parameter in its original layout as the matrix ``[..., rows, columns]`` that is packed.
 
-        That of a layer which transforms its input is rewritten to read the transformed one.
+        That of a layer with a transform is rewritten for it.
         """
         return weight
 
@@ -94,9 +97,13 @@ class PackedModule(nn.Module):
             stored[f"{name}_low_rank_b"] = ((*leading, rank), torch.int16)
         if transform := self.layer_spec.transform:
             if not self.takes_transform:
-                raise SpecError(f"layers of kind {self.kind!r} cannot transform their input")
-            parts = transform.companions(columns)
+                raise SpecError(f"layers of kind {self.kind!r} cannot have a transform")
+            parts = transform.companions(leading[0], columns)
             stored |= {f"{name}_transform_{part}": value for part, value in parts.items()}
+        if exact := self.layer_spec.exact:
+            if not self.takes_exact:
+                raise SpecError(f"layers of kind {self.kind!r} cannot have an exact part")
+            stored |= {f"{name}_exact_{part}": value for part, value in exact.companions(leading[0], columns).items()}
         return stored
 
     def allocate(self, name: str, packed: bool) -> None:
@@ -116,7 +123,11 @@ class PackedModule(nn.Module):
         weight, scale = stored[name], stored[f"{name}_scale"]
         assert weight is not None and scale is not None
         zero_point, table = stored.get(f"{name}_zero_point"), stored.get(f"{name}_table")
-        return PackedTensor(weight, scale, self.layer_spec.weight, self.matrix_shape(name)[1], zero_point, table)
+        spec, columns = self.layer_spec.weight, self.matrix_shape(name)[1]
+        if spec.scale_bits is None:
+            return PackedTensor(weight, scale, spec, columns, zero_point, table)
+        ranges = stored[f"{name}_scale_range"], stored.get(f"{name}_zero_point_range")
+        return PackedTensor(weight, scale, spec, columns, zero_point, table, *ranges)
 
     @torch.no_grad()
     def set_packed(self, name: str, packed: PackedTensor) -> None:
@@ -143,45 +154,76 @@ class PackedModule(nn.Module):
 
     def transform_tensors(self, name: str = "weight") -> dict[str, Tensor]:
         """Part -> tensor of the transform, as stored; empty without one."""
-        prefix = f"{name}_transform_"
-        return {
-            key[len(prefix) :]: tensor
-            for key, tensor in self._parameters.items()
-            if tensor is not None and key.startswith(prefix)
-        }
+        return self._parts(f"{name}_transform_")
 
     @torch.no_grad()
     def set_transform(
         self, transform: TransformSpec | None, tensors: Mapping[str, Tensor] = {}, name: str = "weight"
     ) -> None:
-        """Transform the input from now on; None: no more. For a layer that is not packed yet.
+        """Transform input and output from now on; None: no more. For a layer that is not packed yet.
 
         Codes that were chosen without the transform would be wrong.
 
         Raises:
             ValueError: tensors of other shapes than the transform's, or a kind of layer that has no transforms.
         """
-        for part in self.transform_tensors(name):
-            delattr(self, f"{name}_transform_{part}")
-        self.layer_spec = replace(self.layer_spec, transform=transform)
-        if transform is None:
-            return
-        prefix = f"{name}_transform_"
+        self._set_parts(f"{name}_transform_", replace(self.layer_spec, transform=transform), transform, tensors, name)
+
+    def exact_tensors(self, name: str = "weight") -> dict[str, Tensor]:
+        """Part -> tensor of the exact part, as stored; empty without one."""
+        return self._parts(f"{name}_exact_")
+
+    @torch.no_grad()
+    def set_exact(self, exact: ExactSpec | None, tensors: Mapping[str, Tensor] = {}, name: str = "weight") -> None:
+        """Keep some weights exact from now on; None: no more. Before the codes are packed, or together with them.
+
+        Raises:
+            ValueError: tensors of other shapes than the exact part's, or a kind of layer that has none.
+        """
+        self._set_parts(f"{name}_exact_", replace(self.layer_spec, exact=exact), exact, tensors, name)
+
+    def with_exact(self, name: str, decoded: Tensor) -> Tensor:
+        """Decoded codes ``[rows, columns]`` with the exact part: what is multiplied, but for branch and transform."""
+        exact = self.layer_spec.exact
+        return decoded if exact is None else exact.merged(decoded, self.exact_tensors(name))
+
+    def without_exact(self, name: str, matrix: Tensor) -> Tensor:
+        """A weight ``[rows, columns]`` as codes are chosen for it: zero where weights are kept exact."""
+        exact = self.layer_spec.exact
+        return matrix if exact is None else exact.coded(matrix, self.exact_tensors(name))
+
+    def fit_exact(self, name: str, matrix: Tensor, decoded: Tensor) -> None:
+        """Keep the weights of ``matrix`` in the places that are kept, beside codes that decode to ``decoded``."""
+        exact = self.layer_spec.exact
+        if exact is not None:
+            self.set_exact(exact, exact.fitted(matrix, decoded, self.exact_tensors(name)), name)
+
+    def _parts(self, prefix: str) -> dict[str, Tensor]:
+        return {
+            key[len(prefix) :]: tensor
+            for key, tensor in self._parameters.items()
+            if tensor is not None and key.startswith(prefix)
+        }
+
+    def _set_parts(self, prefix: str, spec: LayerSpec, what: object, tensors: Mapping[str, Tensor], name: str) -> None:
+        for part in self._parts(prefix):
+            delattr(self, f"{prefix}{part}")
+        self.layer_spec = spec
         expected = {key: value for key, value in self.companion_shapes(name).items() if key.startswith(prefix)}
         given = {f"{prefix}{part}": (tuple(tensor.shape), tensor.dtype) for part, tensor in tensors.items()}
         if given != expected:
-            raise ValueError(f"the transform {transform} has the tensors {expected}, not {given}")
+            raise ValueError(f"{what} has the tensors {expected}, not {given}")
         for part, tensor in tensors.items():  # copies: layers of one input share values, never storage
             setattr(self, f"{prefix}{part}", frozen(tensor.clone()))
 
     def dequantized(self, name: str = "weight", dtype: torch.dtype = torch.float32, branch: bool = True) -> Tensor:
-        """The weight the layer applies, in its original layout; without ``branch`` the decoded codes alone.
+        """The weight the layer applies, in its original layout; without ``branch`` the codes and the exact part alone.
 
-        A transform of the input is folded in, exactly, because it is linear: this is the weight for the input as it
-        comes.
+        A transform is folded in, exactly, because it is linear: this is the weight for the input as it comes.
         """
-        wide = dtype if self.layer_spec.transform is None else torch.float32
-        matrix = decode_matrix(self.packed(name), wide, self.backend)
+        is_plain = self.layer_spec.transform is None and self.layer_spec.exact is None
+        wide = dtype if is_plain else torch.float32
+        matrix = self.with_exact(name, decode_matrix(self.packed(name), wide, self.backend))
         factors = self.low_rank_factors(name, wide) if branch else None
         if factors is not None:
             matrix = matrix + expand_low_rank(*factors, self.branches(name))
@@ -198,23 +240,33 @@ class PackedModule(nn.Module):
                     )
                 if key != name and tensor.device.type != "meta" and not _is_finite(key, tensor, self.layer_spec):
                     raise CorruptWeightError(f"{key} holds NaN or infinite values")
-            self._check_transform(name)
+            self._check_parts(name)
 
-    def _check_transform(self, name: str) -> None:
-        transform, tensors = self.layer_spec.transform, self.transform_tensors(name)
-        if transform is None or any(tensor.device.type == "meta" for tensor in tensors.values()):
-            return
-        if problem := transform.problem(tensors, self.matrix_shape(name)[1]):
-            raise CorruptWeightError(f"{name}_transform: {problem}")
+    def _check_parts(self, name: str) -> None:
+        spec = self.layer_spec
+        for what, part, tensors in (
+            ("transform", spec.transform, self.transform_tensors(name)),
+            ("exact", spec.exact, self.exact_tensors(name)),
+        ):
+            if part is None or any(tensor.device.type == "meta" for tensor in tensors.values()):
+                continue
+            (rows,), columns = self.matrix_shape(name)
+            if problem := part.problem(tensors, rows, columns):
+                raise CorruptWeightError(f"{name}_{what}: {problem}")
 
     def extra_repr(self) -> str:
         shapes = ", ".join("x".join(map(str, (*s[0], s[1]))) for s in map(self.matrix_shape, self.packed_parameters))
         weight, rank = self.layer_spec.weight, self.layer_spec.low_rank
         group = "row" if weight.group_size is None else weight.group_size
-        activation = "" if self.layer_spec.activation is None else f", activation={self.layer_spec.activation.format}"
+        activation = "" if self.layer_spec.activation is None else f", activation={self.layer_spec.activation}"
         transform = "" if self.layer_spec.transform is None else f", transform={self.layer_spec.transform.kind}"
+        exact = (
+            ""
+            if self.layer_spec.exact is None
+            else f", exact={self.layer_spec.exact.count} {self.layer_spec.exact.kind}"
+        )
         low_rank = f", rank={rank}" if rank else ""
-        return f"{shapes}, {weight.format} {weight.bits} bits, group={group}{activation}{transform}{low_rank}"
+        return f"{shapes}, {weight.format} {weight.bits} bits, group={group}{activation}{transform}{exact}{low_rank}"
 
 
 def expect(module: nn.Module, cls: type[_Module]) -> _Module:
@@ -236,10 +288,12 @@ def expand_low_rank(a: Tensor, b: Tensor, branches: int) -> Tensor:
 
 
 def _is_finite(key: str, tensor: Tensor, spec: LayerSpec) -> bool:
-    if "_transform_" in key:
+    if "_transform_" in key or "_exact_" in key:
         return True  # of its kind to judge
     if key.endswith("_zero_point") and spec.weight.has_integer_zero_point:
         return True
+    if key.endswith(("_scale", "_zero_point")) and spec.weight.scale_bits is not None:
+        return True  # codes: their ranges are what can be wrong
     if key.endswith("_table"):
         return bool(torch.isfinite(tensor.view(torch.float32)).all())
     dtype = _FACTOR_DTYPE if "_low_rank_" in key else spec.weight.scale_dtype

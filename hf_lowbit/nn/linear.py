@@ -18,7 +18,8 @@ class PackedLinear(PackedModule, nn.Linear):
     It is an nn.Linear to isinstance, so that tools which look for linear layers (PEFT's "all-linear", LoRA loaders)
     find it.
 
-    A transform of its input comes before everything else: before the input is quantized, and before a low-rank branch.
+    A transform encloses everything else: it comes before the input is quantized and before a low-rank branch, and after
+    their sum; only the bias is outside. An exact part and the branch read the input as the transform leaves it.
 
     Attributes:
         siblings: the layers it computes together with, if any (see :mod:`hf_lowbit.nn.siblings`).
@@ -26,6 +27,7 @@ class PackedLinear(PackedModule, nn.Linear):
 
     kind = "linear"
     takes_transform = True
+    takes_exact = True
     siblings: Siblings | None = None
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec) -> None:
@@ -71,16 +73,31 @@ class PackedLinear(PackedModule, nn.Linear):
         transform = self.layer_spec.transform
         return x if transform is None else transform.inputs(x, self.transform_tensors())
 
+    def coded_product(self, x: Tensor) -> Tensor:
+        """Of the codes with what they read of the transformed input."""
+        return packed_linear(x, self.packed(), self.layer_spec.activation, self.backend)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Of codes and exact part with the transformed input."""
+        exact = self.layer_spec.exact
+        if exact is None:
+            return self.coded_product(x)
+        tensors = self.exact_tensors()
+        y = self.coded_product(exact.coded_inputs(x, tensors))
+        return y + exact.product(x, tensors, self.out_features)
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         if self.layer_spec.transform is not None:
             x = self.transformed(x)
         y = None if self.siblings is None else self.siblings.take(self, x)
         if y is None:
-            y = packed_linear(x, self.packed(), self.layer_spec.activation, self.backend)
+            y = self._product(x)
         factors = self.low_rank_factors("weight", x.dtype)
         if factors is not None:
             y = y + F.linear(F.linear(x, factors[0]), factors[1])
+        if self.layer_spec.transform is not None:
+            y = self.layer_spec.transform.outputs(y, self.transform_tensors())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -3,7 +3,8 @@
 The modules and their parameters stay what they are. The first sibling that is called on an input computes all of them
 in one call of the kernel and keeps the others' results for the moment. Nothing is wrong when that does not hold: a
 sibling called with another input, or changed input, computes its own result, and siblings that turn out not to share
-their input (cross-attention) stop trying. Layers that transform their input first compute alone.
+their input (cross-attention) stop trying. Layers with a transform or an exact
+part compute alone.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def _is_linear(module: Any) -> bool:
 
 def _reads_alike(module: Any, first: Any) -> bool:
     same = module.in_features == first.in_features and module.layer_spec.activation == first.layer_spec.activation
-    return bool(same and module.is_packed() and module.layer_spec.transform is None)
+    plain = module.layer_spec.transform is None and module.layer_spec.exact is None
+    return bool(same and plain and module.is_packed())
 
 
 def _is_suitable(x: Tensor) -> bool:

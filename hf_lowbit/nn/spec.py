@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_lowbit.formats import ActivationSpec, SpecError, WeightSpec
+from hf_lowbit.nn.exact import ExactSpec
 from hf_lowbit.nn.transforms import TransformSpec
 
-_FIELDS = ("weight", "activation", "low_rank", "transform")
+_FIELDS = ("weight", "activation", "low_rank", "transform", "exact")
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,15 @@ class LayerSpec:
         weight: format and granularity of its weights.
         activation: dynamic quantization of its input, or None for full precision.
         low_rank: rank of the branch that repairs the rounding error inside the layer, 0 for none.
-        transform: of its input, before anything else is done with it (see :mod:`hf_lowbit.nn.transforms`), or None.
+        transform: of its input and output, around everything else (see :mod:`hf_lowbit.nn.transforms`), or None.
+        exact: weights that stay floats beside the codes (see :mod:`hf_lowbit.nn.exact`), or None.
     """
 
     weight: WeightSpec
     activation: ActivationSpec | None = None
     low_rank: int = 0
     transform: TransformSpec | None = None
+    exact: ExactSpec | None = None
 
     def __post_init__(self) -> None:
         if type(self.low_rank) is not int or self.low_rank < 0:
@@ -40,6 +43,8 @@ class LayerSpec:
             values["low_rank"] = self.low_rank
         if self.transform is not None:
             values["transform"] = self.transform.to_dict()
+        if self.exact is not None:
+            values["exact"] = self.exact.to_dict()
         return values
 
     @classmethod
@@ -47,10 +52,11 @@ class LayerSpec:
         """Inverse of :meth:`to_dict`. Raises SpecError for unknown or missing fields."""
         if set(values) - set(_FIELDS) or "weight" not in values:
             raise SpecError(f"a layer of a plan has the fields {', '.join(_FIELDS)}; got {sorted(values)}")
-        activation, transform = values.get("activation"), values.get("transform")
+        activation, transform, exact = (values.get(name) for name in ("activation", "transform", "exact"))
         return cls(
             WeightSpec.from_dict(values["weight"]),
             None if activation is None else ActivationSpec.from_dict(activation),
             values.get("low_rank", 0),
             None if transform is None else TransformSpec.from_dict(transform),
+            None if exact is None else ExactSpec.from_dict(exact),
         )

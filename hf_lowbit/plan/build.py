@@ -197,6 +197,9 @@ def _fit_groups(
     if not isinstance(group, int):
         return _checked(name, module, kind, config, spec)
     skeleton = KINDS[kind].from_float(module, spec)
+    if spec.weight.scale_bits is not None and (reason := _why_plain_scales(skeleton)):
+        regrouped.setdefault(reason, []).append(name)
+        spec = replace(spec, weight=_with_plain_scales(spec.weight))
     widths = [skeleton.matrix_shape(parameter)[1] for parameter in skeleton.packed_parameters]
     if all(width % group == 0 for width in widths):
         return _checked(name, module, kind, config, spec)
@@ -208,7 +211,22 @@ def _fit_groups(
         raise PlanError(f"{name}: {problem}; use {hint} for it (overrides), or strict_groups=False")
     instead = "one scale per row" if chosen is None else f"groups of {chosen}"
     regrouped.setdefault(f"{problem}, {instead} instead", []).append(name)
-    return _checked(name, module, kind, config, replace(spec, weight=replace(spec.weight, group_size=chosen)))
+    weight = spec.weight if chosen is not None else _with_plain_scales(spec.weight)
+    return _checked(name, module, kind, config, replace(spec, weight=replace(weight, group_size=chosen)))
+
+
+def _with_plain_scales(weight: WeightSpec) -> WeightSpec:
+    return replace(weight, scale_bits=None, scale_group=16)
+
+
+def _why_plain_scales(skeleton: PackedModule) -> str | None:
+    """Why scales must not be codes: experts are split when they are saved, into parts of whole groups of rows."""
+    size = skeleton.layer_spec.weight.scale_group
+    for parameter in skeleton.packed_parameters if skeleton.kind == "experts" else ():
+        rows = skeleton.matrix_shape(parameter)[0][-1] // skeleton.branches(parameter)
+        if rows % size:
+            return f"scale_group={size} does not divide the {rows} rows of an expert's projection, plain scales instead"
+    return None
 
 
 def _checked(name: str, module: nn.Module, kind: str, config: PlanningConfig, spec: LayerSpec) -> LayerSpec:

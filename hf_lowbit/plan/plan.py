@@ -26,7 +26,9 @@ class PlannedLayer:
         if self.kind not in KINDS:
             raise PlanError(f"unknown kind of packed module {self.kind!r}; registered: {', '.join(KINDS)}")
         if self.spec.transform is not None and not KINDS[self.kind].takes_transform:
-            raise PlanError(f"layers of kind {self.kind!r} cannot transform their input ({self.spec.transform.kind})")
+            raise PlanError(f"layers of kind {self.kind!r} cannot have a transform ({self.spec.transform.kind})")
+        if self.spec.exact is not None and not KINDS[self.kind].takes_exact:
+            raise PlanError(f"layers of kind {self.kind!r} cannot have an exact part ({self.spec.exact.kind})")
 
 
 @dataclass

@@ -122,6 +122,18 @@ def input_weights(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
     return found if all(parameter.is_floating_point() for parameter, _ in found) else []
 
 
+def output_weights(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
+    """The parameters that make up the module's output, biases included, each with the dimension that holds the output
+    channels: of linear layers, Conv1D, embeddings and fused experts."""
+    if isinstance(getattr(module, "down_proj", None), nn.Parameter):
+        dim = 2 if getattr(module, "is_transposed", False) else 1
+        found = [(module.down_proj, dim), (getattr(module, "down_proj_bias", None), -1)]
+    else:
+        dim = 1 if _is_conv1d(module) or isinstance(module, nn.Embedding) else 0
+        found = [(getattr(module, "weight", None), dim), (getattr(module, "bias", None), -1)]
+    return [(parameter, dim) for parameter, dim in found if isinstance(parameter, nn.Parameter)]
+
+
 def input_channels(module: nn.Module) -> int | None:
     """Channels of the scale that the module's inputs can be multiplied by; None if it cannot be a consumer."""
     widths = {parameter.shape[dim] for parameter, dim in input_weights(module)}

@@ -102,6 +102,39 @@ def test_tokens_are_rounded_to_their_own_symmetric_grid(bits: int) -> None:
     assert ((x - codes * scale).abs() <= scale * 0.5001).all()
 
 
+@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("shift", [0.0, 1.5, 9.0, -9.0])
+def test_tokens_are_rounded_to_their_own_range_with_zero(bits: int, shift: float) -> None:
+    """Values far on one side of zero: half of a symmetric grid would lie idle."""
+    x = (gaussian(7, 48) + shift) * torch.logspace(-3, 3, 7).unsqueeze(1)
+    codes, scale = quantize_tokens(x, ActivationSpec("int", bits, symmetric=False))
+    low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
+    assert codes.dtype == torch.int8
+    torch.testing.assert_close(scale[:, 0], (high - low) / (2**bits - 1))
+    assert (codes.amax(1).int() - codes.amin(1).int().clamp(max=0) <= 2**bits - 1).all()
+    assert ((x - codes * scale).abs() <= scale * 1.0001).all()  # the zero point is rounded: one end may saturate
+    inside = (codes > codes.amin(1, keepdim=True)) & (codes < codes.amax(1, keepdim=True))
+    assert ((x - codes * scale).abs() <= scale * 0.5001)[inside].all()
+    symmetric, wide = quantize_tokens(x, ActivationSpec("int", bits))
+    if shift:
+        assert (x - codes * scale).norm() < 0.75 * (x - symmetric * wide).norm()
+
+
+def test_asymmetric_codes_are_those_of_the_textbook() -> None:
+    """QUIK, test 5: s_x s_w (q - z) w is the product of the dequantized token, z s_x s_w sum(w) with it."""
+    x, packed = gaussian(5, 48, seed=3) + 0.7, packed_weight(bits=4)
+    codes, scale = quantize_tokens(x, ActivationSpec("int", 4, symmetric=False))
+    low = x.amin(1, keepdim=True).clamp(max=0)
+    zero = (-low / scale).round()
+    q = ((x / scale).round() + zero).clamp(0, 15)
+    assert torch.equal(codes.float(), q - zero)
+    w = decode(packed)
+    expected = scale * (q @ w.t()) - scale * zero * w.sum(1)
+    for backend in (None, "reference"):
+        y = packed_linear(x, packed, ActivationSpec("int", 4, symmetric=False), backend)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_float8_tokens_use_the_whole_range() -> None:
     x = gaussian(7, 48) * torch.logspace(-3, 3, 7).unsqueeze(1)
     codes, scale = quantize_tokens(x, ActivationSpec("float8_e4m3fn", 8))
@@ -112,13 +145,19 @@ def test_float8_tokens_use_the_whole_range() -> None:
 
 def test_zero_and_subnormal_tokens_are_zero() -> None:
     x = torch.tensor([[0.0, 0.0], [1e-45, -1e-45]])
-    for activation in (ActivationSpec(), ActivationSpec("float8_e4m3fn", 8)):
+    for activation in (ActivationSpec(), ActivationSpec("float8_e4m3fn", 8), ActivationSpec("int", 4, False)):
         codes, scale = quantize_tokens(x, activation)
         assert torch.isfinite(scale).all() and (codes.float() * scale == 0).all()
 
 
 @pytest.mark.parametrize(
-    "activation", [ActivationSpec("int", 4), ActivationSpec("int", 8), ActivationSpec("float8_e4m3fn", 8)]
+    "activation",
+    [
+        ActivationSpec("int", 4),
+        ActivationSpec("int", 4, False),
+        ActivationSpec("int", 8),
+        ActivationSpec("float8_e4m3fn", 8),
+    ],
 )
 @pytest.mark.parametrize("weight", [{"format": "int"}, {"format": "nf", "symmetric": False}], ids=["int", "nf"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -1,4 +1,4 @@
-"""Layers that transform their input: stored with the plan, exact, and alone in what they compute."""
+"""Layers with a transform: stored with the plan, exact, and alone in what they compute."""
 
 from __future__ import annotations
 
@@ -207,11 +207,11 @@ def test_stored_transforms_that_cannot_be_are_refused(stored: Any, message: str)
 @pytest.mark.parametrize("kind", ["conv1d", "conv2d", "embedding", "experts"])
 def test_other_kinds_of_layers_are_refused(kind: str) -> None:
     entry = {"kind": kind, **replace(SPEC, transform=Reassembly(40)).to_dict(), "modules": ["a"]}
-    with pytest.raises(PlanError, match="cannot transform their input"):
+    with pytest.raises(PlanError, match="cannot have a transform"):
         Plan.from_list([entry], ["a"])
     if kind == "embedding":
         packed = KINDS[kind].from_float(nn.Embedding(8, 16), SPEC)
-        with pytest.raises(SpecError, match="cannot transform their input"):
+        with pytest.raises(SpecError, match="cannot have a transform"):
             packed.set_transform(*transform_of(fresh()))
 
 

@@ -84,7 +84,7 @@ def test_the_width_is_restored_and_the_parts_agree(inputs: Tensor, weight: Tenso
     spec, tensors = spec_of(assignment)
     x, w = spec.inputs(inputs, tensors), spec.weights(weight, tensors)
     assert x.shape == inputs.shape and w.shape == weight.shape
-    assert spec.problem(tensors, CHANNELS) is None
+    assert spec.problem(tensors, ROWS, CHANNELS) is None
     assert assignment.target.sort().values.equal(assignment.target)
     copies, columns = disassemble(inputs, weight, counts)
     place = {int(c): int(counts[: int(c)].sum()) for c in assignment.source.unique()}
@@ -187,4 +187,4 @@ def test_bad_requests_are_refused(inputs: Tensor, weight: Tensor) -> None:
 def test_an_odd_width_works(inputs: Tensor, weight: Tensor) -> None:
     x, w = inputs[:, :31], weight[:, :31]
     spec, tensors = spec_of(assign(split_counts(largest(x), 20.0), errors_of(x, w)))
-    assert spec.entries > 31 and spec.problem(tensors, 31) is None
+    assert spec.entries > 31 and spec.problem(tensors, 1, 31) is None

@@ -1,0 +1,8 @@
+"""What packed layers do with their inputs and outputs, one file for each kind."""
+
+from hf_lowbit.nn.transforms.base import TRANSFORMS, TransformSpec, register_transform
+from hf_lowbit.nn.transforms.hadamard import Hadamard
+from hf_lowbit.nn.transforms.incoherence import Incoherence
+from hf_lowbit.nn.transforms.reassembly import Reassembly
+
+__all__ = ["TRANSFORMS", "Hadamard", "Incoherence", "Reassembly", "TransformSpec", "register_transform"]
