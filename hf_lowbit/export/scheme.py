@@ -65,6 +65,8 @@ def scheme_of(spec: LayerSpec) -> Scheme:
         raise ExportError('its low-rank branch has no place in the format; quantize with low_rank keep="fused"')
     if extra:
         raise ExportError(f"its {', '.join(extra)} has no place in the format")
+    if weight.scale_bits is not None:
+        raise ExportError("its scales are codes themselves (scale_bits), the format's are numbers: scale_bits=None")
     if weight.format != "int":
         raise ExportError(f"format {weight.format!r} is a table of values; the format holds integers only")
     if weight.bits == 1:
@@ -72,9 +74,9 @@ def scheme_of(spec: LayerSpec) -> Scheme:
     if not weight.symmetric and not weight.has_integer_zero_point:
         raise ExportError("its zero points are real numbers, the format's are integers: real_zero_point=False")
     if activation is not None and (activation.format, activation.bits) != ("int", 8):
-        what = f"{activation.format} {activation.bits} bits"
         raise ExportError(
-            f"its inputs are quantized to {what}; of quantized inputs only int of 8 bits computes the same elsewhere"
+            f"its inputs are quantized to {activation}; of quantized inputs only int of 8 bits computes the same "
+            "elsewhere"
         )
     if activation is None and not packs_densely(weight.bits):
         raise ExportError(

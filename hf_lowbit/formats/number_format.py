@@ -56,10 +56,15 @@ class NumberFormat:
 
     @property
     def integer_multiplier(self) -> int | None:
-        """Smallest m for which m * table is exact in int8, so that int8 dot products are too; None if there is none."""
-        for multiplier in _INTEGER_MULTIPLIERS:
-            scaled = self.table * multiplier
-            if bool((scaled == scaled.round()).all()) and scaled.abs().max() <= 128 and scaled.max() <= 127:
+        """Smallest m for which the table is int8 integers over m, as float32 rounds them; None if there is none.
+
+        Then int8 dot products are exact sums: of E2M1 m is 2; of powers with the exponent 1/2, whose values are the
+        squares k |k| / qmax^2, it is qmax^2 where that is at most 127 (up to 4 bits); with the exponent 1 it is qmax.
+        """
+        qmax = 2 ** (self.bits - 1) - 1
+        for multiplier in (qmax, qmax**2) if self.name == "power" else _INTEGER_MULTIPLIERS:
+            scaled = (self.table * multiplier).round()
+            if torch.equal(scaled / multiplier, self.table) and scaled.abs().max() <= 128 and scaled.max() <= 127:
                 return multiplier
         return None
 
@@ -97,6 +102,7 @@ def format_names() -> dict[str, str]:
         "float8_e4m3fn": "8 bits, the OCP/torch variant (alias fp_e4m3fn)",
         "float8_e5m2": "8 bits, the OCP/torch variant",
         "nf": "2..4 bits",
+        "lloyd": "2..4 bits, the values of least squared error for normal weights (Lloyd-Max)",
         "ternary": "2 bits (or 5 per byte with packing='base3')",
         "power": "2..8 bits, with exponent=a",
         "codebook": "1..8 bits, 2^bits values given in codebook=[...], or fitted to each tensor when it is None",
@@ -151,6 +157,9 @@ def _make_format(name: str, bits: int, exponent: float | None, codebook: tuple[f
     if name == "nf":
         _check_bits(name, bits, 2, 4)
         return NumberFormat(name, bits, tables.normal_float(bits))
+    if name == "lloyd":
+        _check_bits(name, bits, 2, 4)
+        return NumberFormat(name, bits, tables.lloyd_max(bits))
     if name == "power":
         _check_bits(name, bits, 2, 8)
         if exponent is None:

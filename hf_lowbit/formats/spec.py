@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -38,7 +38,12 @@ class WeightSpec:
             ``scale_dtype``, as other tables do, and not as an integer of their own width.
         scale_dtype: bfloat16, float16 or float32; stored as its integer bit pattern.
         packing: "dense", or "base3" (five per byte) for ternary.
+        scale_bits: 2 to 8: scales, and real zero points, are codes of that width themselves, with an offset and a step
+            of ``scale_dtype`` for ``scale_group`` rows (:mod:`hf_lowbit.formats.second_level`); None: plain numbers.
+        scale_group: consecutive rows that share such an offset and step.
         json: :meth:`to_dict` as text, made once: traced code cannot make it.
+        first_level: the same with plain float32 scales, which hold the decoded ones exactly; itself where they are
+            plain.
     """
 
     format: str = "int"
@@ -50,7 +55,10 @@ class WeightSpec:
     exponent: float | None = None
     codebook: tuple[float, ...] | None = None
     real_zero_point: bool = False
+    scale_bits: int | None = None
+    scale_group: int = 16
     json: ClassVar[str]  # of each instance; not a field
+    first_level: ClassVar[WeightSpec]  # likewise
 
     def __post_init__(self) -> None:
         self._check_parameters()
@@ -82,7 +90,10 @@ class WeightSpec:
                 get_format(self.format, self.bits, 1.0 if self.is_open else self.exponent, self.codebook)
             except ValueError as error:
                 raise SpecError(str(error)) from None
+        self._check_second_level()
+        plain = replace(self, scale_bits=None, scale_group=16, scale_dtype="float32") if self.scale_bits else self
         object.__setattr__(self, "json", json.dumps(self.to_dict()))
+        object.__setattr__(self, "first_level", plain)
 
     def _check_parameters(self) -> None:
         """Exponent and codebook: of the right type, and given to the format that has them only."""
@@ -110,6 +121,22 @@ class WeightSpec:
         if self.symmetric:
             raise SpecError("real_zero_point=True needs symmetric=False: symmetric formats have no zero point")
 
+    def _check_second_level(self) -> None:
+        if type(self.scale_group) is not int or self.scale_group < 1:
+            raise SpecError(f"scale_group must be a positive integer, not {self.scale_group!r}")
+        if self.scale_bits is None:
+            if self.scale_group != 16:
+                raise SpecError(f"scale_group={self.scale_group} needs scale_bits: plain scales are not grouped")
+            return
+        if type(self.scale_bits) is not int or not 2 <= self.scale_bits <= 8:
+            raise SpecError(f"scale_bits must be 2 to 8, or None for plain scales, not {self.scale_bits!r}")
+        if type(self.group_size) is not int:
+            raise SpecError(
+                f"scale_bits={self.scale_bits} needs a group_size in numbers: coarser scales take no space worth saving"
+            )
+        if self.scale_dtype == "float32":
+            raise SpecError("scale_bits needs scale_dtype='bfloat16' or 'float16': offsets and steps have 16 bits")
+
     @property
     def is_open(self) -> bool:
         """True while the exponent of ``power`` is still to be searched: shapes are known, the number format is not."""
@@ -130,6 +157,11 @@ class WeightSpec:
         """Integer grids have integer zero points, packed like codes, unless asked otherwise; other tables real ones."""
         return not self.symmetric and self.format == "int" and self.bits > 1 and not self.real_zero_point
 
+    @property
+    def has_coded_zero_point(self) -> bool:
+        """Real zero points are codes where scales are."""
+        return self.scale_bits is not None and not self.symmetric and not self.has_integer_zero_point
+
     def groups(self, columns: int) -> int:
         """Scales per row of ``columns`` inputs. Raises SpecError when the group does not divide the row."""
         if self.group_size is None or self.group_size == "tensor":
@@ -137,6 +169,10 @@ class WeightSpec:
         if columns % self.group_size:
             raise SpecError(f"group_size={self.group_size} does not divide the input width {columns}")
         return columns // self.group_size
+
+    def row_groups(self, rows: int) -> int:
+        """Offsets and steps per column of scales, where scales are codes; the last may serve fewer rows."""
+        return -(-rows // self.scale_group)
 
     def companions(self, leading: tuple[int, ...], columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Suffix -> (shape, dtype) of every stored tensor of a weight ``[*leading, columns]``; "" is the codes.
@@ -153,6 +189,11 @@ class WeightSpec:
             stored["_zero_point"] = ((*scale_leading, packed_columns(groups, self.bits)), torch.int32)
         elif not self.symmetric:
             stored["_zero_point"] = ((*scale_leading, groups), scale_type)
+        if self.scale_bits is not None:
+            codes = ((*leading, packed_columns(groups, self.scale_bits)), torch.int32)
+            ranges = ((*leading[:-1], self.row_groups(leading[-1]), groups, 2), scale_type)
+            for suffix in ("_scale", "_zero_point") if self.has_coded_zero_point else ("_scale",):
+                stored |= {suffix: codes, f"{suffix}_range": ranges}
         if self.has_fitted_table:
             stored["_table"] = ((2**self.bits,), torch.int32)
         return stored
@@ -177,10 +218,18 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Dynamic per-token quantization of a layer's input: "int" of 4, 6 or 8 bits, or "float8_e4m3fn"."""
+    """Dynamic per-token quantization of a layer's input.
+
+    Attributes:
+        format, bits: "int" of 4, 6 or 8 bits, or "float8_e4m3fn".
+        symmetric: False adds a zero point per token: the codes cover the token's own range, from its smallest to its
+            largest value, both with zero. Of 4 and 6 bits only: less their zero point these codes are still int8, so
+            that the same products serve; those of 8 bits are not, and a float has no zero point.
+    """
 
     format: str = "int"
     bits: int = 8
+    symmetric: bool = True
     json: ClassVar[str]  # of each instance: to_dict as text, made once
 
     def __post_init__(self) -> None:
@@ -190,11 +239,20 @@ class ActivationSpec:
                 "activations are quantized to format 'int' with 4, 6 or 8 bits or to 'float8_e4m3fn', "
                 f"not to {self.format!r} with {self.bits} bits"
             )
+        if type(self.symmetric) is not bool:
+            raise SpecError(f"symmetric must be True or False, not {self.symmetric!r}")
+        if not self.symmetric and self.bits == 8:
+            reason = "less their zero point they need 9 bits" if self.format == "int" else "a float has no zero point"
+            raise SpecError(f"asymmetric activations have 4 or 6 bits of format 'int', not {self}: {reason}")
         object.__setattr__(self, "json", json.dumps(self.to_dict()))
 
+    def __str__(self) -> str:
+        return f"{self.format} {self.bits} bits" + ("" if self.symmetric else ", asymmetric")
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data; ``symmetric`` only where it is False."""
+        values: dict[str, Any] = {"format": self.format, "bits": self.bits}
+        return values if self.symmetric else {**values, "symmetric": False}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ActivationSpec:

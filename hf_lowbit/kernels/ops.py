@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec
+from hf_lowbit.formats.packed import with_plain_scales
 from hf_lowbit.kernels import products
 
 _PACKED = "Tensor weight, Tensor scale, Tensor? zero_point, Tensor? table, str spec, int columns"
@@ -43,6 +44,7 @@ def look_up_rows(packed: PackedTensor, index: Tensor, dtype: torch.dtype, backen
 
 
 def _arguments(packed: PackedTensor) -> tuple[Any, ...]:
+    packed = with_plain_scales(packed)  # traced code: operators see plain scales only
     return packed.weight, packed.scale, packed.zero_point, packed.table, packed.spec.json, packed.columns
 
 

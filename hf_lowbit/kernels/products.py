@@ -1,4 +1,8 @@
-"""Products with packed weights, each by the route that suits it. No gradients here: see autograd."""
+"""Products with packed weights, each by the route that suits it. No gradients here: see autograd.
+
+Scales that are codes are decoded first, each time, to plain ones that every route reads: a few bits for each weight
+while the product lasts, and the time to unpack them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from torch import Tensor
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, decode
 from hf_lowbit.formats import decode_rows as reference_rows
+from hf_lowbit.formats.packed import with_plain_scales
 from hf_lowbit.kernels import cpu
 from hf_lowbit.kernels.activation import quantize_tokens
 from hf_lowbit.kernels.reference import reference_product
@@ -19,6 +24,7 @@ from hf_lowbit.kernels.tiles import tiled_gradient, tiled_product
 
 def product(x: Tensor, packed: PackedTensor, activation: ActivationSpec | None, backend: str | None) -> Tensor:
     """x ``[..., columns]`` times a packed ``[rows, columns]``: ``[..., rows]`` in x's type."""
+    packed = with_plain_scales(packed)
     if activation is None:  # the commonest case by the shortest way: a token takes hundreds of these
         matrix = native(packed, x.device, x.dtype, backend)
         tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -32,7 +38,7 @@ def products(
     x: Tensor, weights: Sequence[PackedTensor], activation: ActivationSpec | None, backend: str | None
 ) -> list[Tensor]:
     """x times several packed matrices of the same input width; what can be shared between them is done once."""
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens, weights = x.reshape(-1, x.shape[-1]), [with_plain_scales(packed) for packed in weights]
     matrices = [native(packed, x.device, x.dtype, backend) for packed in weights]
     ways = [route(tokens, matrix, activation) for matrix in matrices]
     if activation is not None and any(way != "reference" for way in ways):
@@ -62,7 +68,7 @@ def products(
 
 def input_gradient(gradient: Tensor, packed: PackedTensor, backend: str | None) -> Tensor:
     """Gradient ``[..., rows]`` of a product to that of its input, ``[..., columns]``."""
-    tokens = gradient.reshape(-1, gradient.shape[-1])
+    tokens, packed = gradient.reshape(-1, gradient.shape[-1]), with_plain_scales(packed)
     matrix = native(packed, gradient.device, gradient.dtype, backend)
     result = tokens @ decode(packed, gradient.dtype) if matrix is None else tiled_gradient(tokens, matrix)
     return result.reshape(*gradient.shape[:-1], result.shape[-1])
@@ -70,6 +76,7 @@ def input_gradient(gradient: Tensor, packed: PackedTensor, backend: str | None) 
 
 def decode_matrix(packed: PackedTensor, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Tensor:
     """:func:`hf_lowbit.formats.decode`, natively where that is possible: the same bits, sooner."""
+    packed = with_plain_scales(packed)
     if packed.weight.dim() > 2:
         return torch.stack([decode_matrix(packed[i], dtype, backend) for i in range(packed.weight.shape[0])])
     matrix = native(packed, packed.weight.device, dtype, backend)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor
+from hf_lowbit.formats.packed import with_plain_scales
 from hf_lowbit.kernels import cpu
 
 BACKENDS = ("reference", "cpu")
@@ -48,8 +49,11 @@ def kernel_of(packed: PackedTensor, activation: ActivationSpec | None, backend: 
     """Which kernel multiplies few tokens with this weight where it lies now: for reports.
 
     "torch"; "cpu"; or "cpu, row by row" for layouts that the native kernel decodes before it multiplies, at several
-    times the cost: groups that cut a lane's run of codes. Multiples of 32 never do, in base 3 multiples of 5.
+    times the cost: groups that cut a lane's run of codes. Multiples of 32 never do, in base 3 multiples of 5. With
+    ", scales decoded" where scales are codes, which torch decodes at every product.
     """
+    if packed.scale_range is not None:
+        return f"{kernel_of(with_plain_scales(packed), activation, backend)}, scales decoded"
     first = packed[0] if packed.weight.dim() > 2 else packed
     matrix = native(first, first.weight.device, torch.float32, backend)
     if matrix is None:

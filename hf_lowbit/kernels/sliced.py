@@ -3,8 +3,8 @@
 Each group of the input is one matrix product (a K-slice) of raw codes; its sum is scaled in float32. Two arithmetics:
  - int8 codes times an integer table: int32 accumulation, exact. Processors without int8 dot products take float32
    slices of at most 1024 inputs instead, whose sums stay below 2^24 and are therefore the same integers;
- - anything else (NF, power, fitted tables; float8 activations without float8 units): both sides decode exactly to the
-   input's type and multiply as floats. Reports name this "float (decoded)".
+ - anything else (NF, most powers, fitted tables; float8 activations without float8 units): both sides decode exactly
+   to the input's type and multiply as floats. Reports name this "float (decoded)".
 """
 
 from __future__ import annotations
@@ -65,13 +65,15 @@ def _arithmetic(
     table = table_of(packed)
     integers = None if packed.spec.has_fitted_table else packed.spec.number_format.integer_multiplier
     if codes.dtype == torch.int8 and integers is not None:
-        return (table * integers).to(torch.int8), integers, int8_product
+        return (table * integers).round().to(torch.int8), integers, int8_product
     exact = dtype != torch.float16 and bool((table.to(dtype).float() == table).all())
     return table.to(dtype if exact else torch.float32), 1, torch.nn.functional.linear
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """int8 ``[m, k]`` times the transpose of int8 ``[n, k]``: exact integers, as int32 or as float32."""
+    if a.shape[1] == 1:  # torch 2.13's int8 product of one column returns what happens to lie in memory
+        return a.int() * b.int().t()
     if a.device.type != "cpu" or has_int8_dot():
         return torch._int_mm(a.contiguous(), b.t().contiguous())
     if a.shape[1] <= _EXACT_FLOAT_WIDTH:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hf_lowbit.formats import NumberFormat, WeightSpec
 from hf_lowbit.formats.packed import from_bits, to_bits
+from hf_lowbit.formats.second_level import decode_values, encode_values
 from hf_lowbit.formats.spec import SCALE_DTYPES
 
 _TERNARY_THRESHOLD = 0.7
@@ -89,6 +90,21 @@ def rescaled(grid: Grid, factor: float, spec: WeightSpec) -> Grid:
     return Grid(scale, _stored_zero_point(grid.zero_point * grid.scale / nonzero(scale), spec))
 
 
+def as_decoded(grid: Grid, spec: WeightSpec) -> Grid:
+    """The grid as it will be read back where the spec stores scales as codes; before any code of a weight is chosen.
+
+    Of whole groups of ``spec.scale_group`` rows: those of a matrix, or a part of it that starts and ends with them.
+    Plain scales are what they will be already.
+
+    Raises:
+        RoundingError: scales or zero points beyond the range of ``spec.scale_dtype``.
+    """
+    if spec.scale_bits is None:
+        return grid
+    zero_point = _as_decoded(grid.zero_point, spec, "zero point") if spec.has_coded_zero_point else grid.zero_point
+    return Grid(_as_decoded(grid.scale, spec, "scale"), zero_point)
+
+
 def nearest_values(units: Tensor, number_format: NumberFormat) -> Tensor:
     """The table value nearest to each weight in table units: that of the code :meth:`NumberFormat.encode` picks."""
     if number_format.is_integer_grid:  # no detour over codes
@@ -144,6 +160,17 @@ def _stored_zero_point(values: Tensor, spec: WeightSpec) -> Tensor:
     """Like :func:`_as_stored`, but a zero point may vanish: beside a table's steps it is zero then."""
     tiny = torch.finfo(SCALE_DTYPES[spec.scale_dtype]).tiny
     return _as_stored(torch.where(values.abs() < tiny, torch.zeros_like(values), values), spec, "zero point")
+
+
+def _as_decoded(values: Tensor, spec: WeightSpec, what: str) -> Tensor:
+    words, ranges = encode_values(values, spec, SCALE_DTYPES[spec.scale_dtype])
+    decoded = decode_values(words, ranges, spec, values.shape[1])
+    if not bool(torch.isfinite(decoded).all()):
+        raise RoundingError(
+            f"{what}s of up to {values.abs().max().item():.3g} do not fit scale_dtype={spec.scale_dtype!r}; "
+            "use scale_dtype='bfloat16', or scale_bits=None"
+        )
+    return decoded
 
 
 def _as_stored(values: Tensor, spec: WeightSpec, what: str = "scale") -> Tensor:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.formats import NumberFormat, PackedTensor, WeightSpec, pack_codes
-from hf_lowbit.formats.packed import to_bits
+from hf_lowbit.formats.packed import scales, to_stored
 from hf_lowbit.rounding.clip import GridFit
 from hf_lowbit.rounding.codebook import fit_codebook
-from hf_lowbit.rounding.grid import Grid
+from hf_lowbit.rounding.grid import Grid, RoundingError, as_decoded
 
 _CHUNK_ELEMENTS = 1 << 20  # rows are rounded in chunks: float32 temporaries stay a few megabytes
 
@@ -31,9 +31,9 @@ def round_with(fit: GridFit, weight: Tensor, spec: WeightSpec, importance: Tenso
         grid = fit(weight.float().reshape(1, 1, -1), spec, number_format, importance)
         return round_to_grid(weight, grid, spec, number_format, table)
     words, grids = [], []
-    for rows in row_chunks(weight):
+    for rows in row_chunks(weight, spec.scale_group):
         grouped = to_groups(weight[rows], spec)
-        grid = fit(grouped, spec, number_format, importance)
+        grid = as_decoded(fit(grouped, spec.first_level, number_format, importance), spec)
         words.append(_words(grouped, grid, spec, number_format))
         grids.append(grid)
     return _packed(torch.cat(words), join(grids), spec, weight.shape[1], number_format, table)
@@ -68,16 +68,21 @@ def stack(matrices: list[PackedTensor]) -> PackedTensor:
     first = matrices[0]
     rows = first.weight.shape[0]
 
-    def stacked(tensors: list[Tensor]) -> Tensor:
-        return torch.stack([tensor.expand(rows, *tensor.shape[1:]) for tensor in tensors])
+    def stacked(tensors: list[Tensor], scale_rows: int = rows) -> Tensor:
+        return torch.stack([tensor.expand(scale_rows, *tensor.shape[1:]) for tensor in tensors])
 
-    zero_points = [matrix.zero_point for matrix in matrices if matrix.zero_point is not None]
+    def optional(name: str, scale_rows: int = rows) -> Tensor | None:
+        tensors = [getattr(matrix, name) for matrix in matrices]
+        return None if tensors[0] is None else stacked(tensors, scale_rows)
+
     return PackedTensor(
         weight=stacked([matrix.weight for matrix in matrices]),
         scale=stacked([matrix.scale for matrix in matrices]),
         spec=first.spec,
         columns=first.columns,
-        zero_point=stacked(zero_points) if zero_points else None,
+        zero_point=optional("zero_point"),
+        scale_range=optional("scale_range", first.spec.row_groups(rows)),
+        zero_point_range=optional("zero_point_range", first.spec.row_groups(rows)),
     )
 
 
@@ -95,9 +100,9 @@ def to_groups(matrix: Tensor, spec: WeightSpec) -> Tensor:
     return matrix.float().reshape(rows, spec.groups(columns), -1)
 
 
-def row_chunks(matrix: Tensor) -> list[slice]:
-    """Slices of the rows of ``[rows, columns]``, each of about a million elements."""
-    step = max(1, _CHUNK_ELEMENTS // matrix.shape[1])
+def row_chunks(matrix: Tensor, together: int = 1) -> list[slice]:
+    """Slices of the rows of ``[rows, columns]``, each of about a million elements and a multiple of ``together``."""
+    step = together * max(1, _CHUNK_ELEMENTS // matrix.shape[1] // together)
     return [slice(start, start + step) for start in range(0, matrix.shape[0], step)]
 
 
@@ -114,16 +119,22 @@ def _words(grouped: Tensor, grid: Grid, spec: WeightSpec, number_format: NumberF
 def _packed(
     words: Tensor, grid: Grid, spec: WeightSpec, columns: int, number_format: NumberFormat, table: Tensor | None
 ) -> PackedTensor:
-    zero_point = None
+    zero_point, zero_point_range = None, None
     if spec.has_integer_zero_point:
         zero_point = pack_codes(number_format.encode(grid.zero_point), spec.bits)
     elif not spec.symmetric:
-        zero_point = to_bits(grid.zero_point, spec.scale_dtype)
-    return PackedTensor(
+        zero_point, zero_point_range = to_stored(grid.zero_point, spec)
+    scale, scale_range = to_stored(grid.scale, spec)
+    packed = PackedTensor(
         weight=words,
-        scale=to_bits(grid.scale, spec.scale_dtype),
+        scale=scale,
         spec=spec,
         columns=columns,
         zero_point=zero_point,
         table=None if table is None else table.view(torch.int32).to(words.device),
+        scale_range=scale_range,
+        zero_point_range=zero_point_range,
     )
+    if spec.scale_bits is not None and not torch.equal(scales(packed), grid.scale):
+        raise RoundingError("its grid was not fitted for scales that are stored as codes: use scale_bits=None")
+    return packed

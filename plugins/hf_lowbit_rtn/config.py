@@ -14,5 +14,6 @@ class RTNConfig(LowbitConfig):
     """Round to nearest. All fields are :class:`hf_lowbit.config.LowbitConfig`'s; weights default to groups of 128."""
 
     quant_method: ClassVar[MethodName] = MethodName("lowbit_rtn")  # type: ignore[misc]
+    codes_scales: ClassVar[bool] = True
 
     group_size: GroupSize = 128

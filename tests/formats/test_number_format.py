@@ -227,7 +227,8 @@ def test_ties_go_to_the_even_code(number_format: NumberFormat) -> None:
     ("name", "bits", "exponent", "multiplier"),
     [("int", 8, None, 1), ("int", 1, None, 1), ("ternary", 2, None, 1), ("fp_e2m1", 4, None, 2),
      ("fp_e3m0", 4, None, 4), ("fp_e2m3", 6, None, 8), ("nf", 4, None, None),
-     ("power", 4, 0.5, None), ("float8_e4m3fn", 8, None, None),
+     ("power", 4, 0.5, 49), ("power", 3, 0.5, 9), ("power", 5, 0.5, None), ("power", 8, 1.0, 127),
+     ("power", 4, 0.7, None), ("float8_e4m3fn", 8, None, None),
      ("fp_e4m3", 8, None, None)],
 )  # fmt: skip
 def test_integer_multiplier(name: str, bits: int, exponent: float | None, multiplier: int | None) -> None:
@@ -238,8 +239,9 @@ def test_integer_multiplier(name: str, bits: int, exponent: float | None, multip
 def test_integer_multiplier_makes_the_table_exact_int8(number_format: NumberFormat) -> None:
     multiplier = number_format.integer_multiplier
     if multiplier is not None:
-        scaled = number_format.table * multiplier
+        scaled = (number_format.table * multiplier).round()
         assert torch.equal(scaled.to(torch.int8).float(), scaled + 0.0)
+        assert torch.equal(scaled / multiplier, number_format.table)
         assert multiplier == 1 or not torch.equal(scaled / 2, (scaled / 2).round())
     else:
         assert not torch.equal(number_format.table, number_format.table.round()) or number_format.max_value > 127

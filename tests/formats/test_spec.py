@@ -78,6 +78,26 @@ def test_unsupported_activations_are_refused(values: tuple[Any, Any]) -> None:
         ActivationSpec(*values)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("int", 8, False), "4 or 6 bits of format 'int', not int 8 bits, asymmetric: less their zero point"),
+        (("float8_e4m3fn", 8, False), "a float has no zero point"),
+        (("int", 4, 0), "symmetric must be True or False"),
+    ],
+)
+def test_asymmetric_activations_that_do_not_fit_int8_are_refused(values: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        ActivationSpec(*values)
+
+
+def test_activations_round_trip_as_plain_data() -> None:
+    asymmetric = ActivationSpec(bits=4, symmetric=False)
+    assert asymmetric.to_dict() == {"format": "int", "bits": 4, "symmetric": False}
+    assert ActivationSpec.from_dict(asymmetric.to_dict()) == asymmetric
+    assert ActivationSpec().to_dict() == {"format": "int", "bits": 8}  # as it was before there were zero points
+
+
 @pytest.mark.parametrize("group_size", [None, "tensor", 8])
 @pytest.mark.parametrize(
     ("values", "symmetric"),

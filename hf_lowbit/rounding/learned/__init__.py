@@ -2,8 +2,15 @@
 
 from hf_lowbit.rounding.learned.adaptive import AdaptiveRounding
 from hf_lowbit.rounding.learned.base import LearnedWeight
-from hf_lowbit.rounding.learned.clipping import LearnedClipping
+from hf_lowbit.rounding.learned.clipping import LearnedClipping, MovingClipping
 from hf_lowbit.rounding.learned.sign import SignRounding
 from hf_lowbit.rounding.learned.whole_space import WholeSpaceRounding
 
-__all__ = ["AdaptiveRounding", "LearnedClipping", "LearnedWeight", "SignRounding", "WholeSpaceRounding"]
+__all__ = [
+    "AdaptiveRounding",
+    "LearnedClipping",
+    "LearnedWeight",
+    "MovingClipping",
+    "SignRounding",
+    "WholeSpaceRounding",
+]

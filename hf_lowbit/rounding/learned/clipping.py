@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_lowbit.formats import PackedTensor, WeightSpec
+from hf_lowbit.rounding.grid import Grid
+from hf_lowbit.rounding.learned.functions import nearest, quantize
 from hf_lowbit.rounding.learned.ranged import RangedWeight
-from hf_lowbit.rounding.learned.ranges import narrowed
+from hf_lowbit.rounding.learned.ranges import Range, moving_range, narrowed
 
 
 class LearnedClipping(RangedWeight):
@@ -38,5 +41,49 @@ class LearnedClipping(RangedWeight):
         return [{"params": [self.upper] + ([] if self.spec.symmetric else [self.lower]), "lr_scale": 1.0}]
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
+        return self.narrowed(self.base)
+
+    def narrowed(self, base: Range) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of a range that the logits narrow."""
         lower, upper = self.lower.sigmoid(), self.upper.sigmoid()
-        return narrowed(self.base, lower, upper, self.spec, self.levels, learn_zero_point=False)
+        return narrowed(base, lower, upper, self.spec, self.levels, learn_zero_point=False)
+
+
+class MovingClipping(LearnedClipping):
+    """Learned clipping of a weight that is itself rewritten by what else is learned (OmniQuant's LET).
+
+    Gradients pass the rounding, within the range, and the ends of the range, to whatever moves the weight.
+    """
+
+    def __init__(
+        self, weight: Tensor, spec: WeightSpec, rewrite: Callable[[Tensor], Tensor], *, logit: float = 4.0
+    ) -> None:
+        """Args:
+            weight: ``[rows, columns]``, before it is rewritten.
+            spec: format and granularity.
+            rewrite: weight ``[rows, columns]`` -> what it is now, of the same shape.
+            logit: as :class:`LearnedClipping`.
+
+        Raises:
+            RoundingError: as :class:`LearnedWeight`.
+        """
+        super().__init__(weight, spec, logit=logit)
+        self.rewrite = rewrite
+
+    def moved(self) -> Tensor:
+        """The weight now, ``[n, groups, g]``."""
+        return self.rewrite(self.ungrouped(self.weight)).reshape(self.weight.shape)
+
+    def grid_of(self, moved: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point for it."""
+        return self.narrowed(moving_range(moved, self.spec, self.number_format, self.levels))
+
+    def forward(self) -> Tensor:
+        moved = self.moved()
+        return self.ungrouped(quantize(moved, None, *self.grid_of(moved), self.levels))
+
+    def final(self) -> tuple[Tensor, Grid]:
+        moved = self.moved()
+        scale, zero_point = self.grid_of(moved)
+        index = nearest(moved, None, scale, zero_point, self.levels)
+        return index, Grid(scale, torch.zeros_like(scale) if zero_point is None else zero_point)

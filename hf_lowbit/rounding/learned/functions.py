@@ -23,12 +23,17 @@ _where_within = torch.ops.aten.hardtanh_backward  # a vectorised gradient * (low
 
 def stored(values: Tensor, scale_dtype: str) -> Tensor:
     """Values after their round trip through storage; its rounding is the identity for gradients."""
-    return _Replace.apply(values, from_bits(to_bits(values.detach(), scale_dtype), scale_dtype))
+    return replaced(values, from_bits(to_bits(values.detach(), scale_dtype), scale_dtype))
 
 
 def rounded(values: Tensor) -> Tensor:
     """Nearest integers; the identity for gradients."""
-    return _Replace.apply(values, values.detach().round())
+    return replaced(values, values.detach().round())
+
+
+def replaced(values: Tensor, replacement: Tensor) -> Tensor:
+    """``replacement``, with the gradients of ``values``."""
+    return _Replace.apply(values, replacement)
 
 
 class _Replace(Function):
@@ -47,7 +52,8 @@ def quantize(weight: Tensor, shift: Tensor | None, scale: Tensor, zero_point: Te
     """Simulated quantization ``[n, groups, g]``: the level nearest to w / scale + zero_point, moved by ``shift``.
 
     The shift V of SignRound (arXiv 2309.05516), in units of the step between the two levels around the weight, so
-    that it means the same for integers and for any table [ours]. Gradients reach shift, scale and zero point.
+    that it means the same for integers and for any table [ours]. Gradients reach shift, scale and zero point, and a
+    weight that has some: those within the grid.
     """
     if levels.uniform:
         return _Uniform.apply(weight, shift, scale, zero_point, levels)
@@ -85,8 +91,9 @@ class _Uniform(Function):
         within = _where_within(gradient, x, ctx.low - 0.5, ctx.high + 0.5)
         level = x.round().clamp_(ctx.low, ctx.high) if ctx.needs_input_grad[2] else None
         to_scale, to_zero = _grid_gradients(ctx, gradient, within, level)
+        to_weight = within.clone() if ctx.needs_input_grad[0] else None  # the next line overwrites it
         to_shift = within.mul_(scale.unsqueeze(-1)) if ctx.needs_input_grad[1] else None
-        return None, to_shift, to_scale, to_zero, None
+        return to_weight, to_shift, to_scale, to_zero, None
 
 
 class _Table(Function):
@@ -106,10 +113,11 @@ class _Table(Function):
         within = _where_within(gradient, x, -0.5, len(levels) - 0.5)
         level = levels.value(x).to(x.dtype) if ctx.needs_input_grad[2] else None
         to_scale, to_zero = _grid_gradients(ctx, gradient, within, level)
+        to_weight = within.clone() if ctx.needs_input_grad[0] else None
         to_shift = None
         if ctx.needs_input_grad[1]:
             to_shift = within.mul_(look_up(levels.steps, below)).mul_(scale.unsqueeze(-1))
-        return None, to_shift, to_scale, to_zero, None
+        return to_weight, to_shift, to_scale, to_zero, None
 
 
 def _uniform_position(weight: Tensor, shift: Tensor | None, scale: Tensor, zero_point: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_lowbit.formats import NumberFormat, PackedTensor, WeightSpec
 from hf_lowbit.formats.packed import scales, zero_points
-from hf_lowbit.rounding.grid import Grid, fit_grid, nonzero
+from hf_lowbit.rounding.grid import Grid, fit_grid, is_laid_on_the_range, nonzero
 from hf_lowbit.rounding.learned.functions import rounded, stored
 from hf_lowbit.rounding.learned.levels import Levels
 
@@ -37,6 +37,25 @@ def base_range(grouped: Tensor, spec: WeightSpec, levels: Levels, grid: Grid, fr
     if spec.has_integer_zero_point and from_weight:
         return Range(grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0))
     return Range((levels.low - grid.zero_point) * grid.scale, (levels.high - grid.zero_point) * grid.scale)
+
+
+def moving_range(grouped: Tensor, spec: WeightSpec, number_format: NumberFormat, levels: Levels) -> Range:
+    """:func:`base_range` of weights ``[n, groups, g]`` that have gradients: they reach the extremes of each group.
+
+    Scales of formats that go by mean magnitudes (ternary, one bit) are taken for constants [ours].
+    """
+    exact = grouped.detach()
+    low, high = base_range(exact, spec, levels, fit_grid(exact, spec, number_format), from_weight=True)
+    if not is_laid_on_the_range(number_format):
+        return Range(low, high)
+    if spec.symmetric:
+        largest = grouped.abs().amax(-1)
+        high = high * (1 + (largest - largest.detach()) / nonzero(largest.detach()))
+        return Range(-high, high)
+    least, most = grouped.amin(-1), grouped.amax(-1)
+    if spec.has_integer_zero_point:
+        least, most = least.clamp(max=0), most.clamp(min=0)
+    return Range(low + (least - least.detach()), high + (most - most.detach()))
 
 
 def narrowed(

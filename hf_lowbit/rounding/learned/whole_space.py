@@ -32,28 +32,47 @@ class WholeSpaceRounding(LearnedWeight):
     """
 
     def __init__(
-        self, weight: Tensor, spec: WeightSpec, start: PackedTensor | None = None, *, regularization: float = 0.01
+        self,
+        weight: Tensor,
+        spec: WeightSpec,
+        start: PackedTensor | None = None,
+        *,
+        regularization: float = 0.01,
+        learn_exponent: bool = True,
+        partner: WholeSpaceRounding | None = None,
     ) -> None:
         """Args:
             weight: ``[rows, columns]``.
             spec: format "power", symmetric; its exponent, within 0.2 and 1, is where learning starts.
             start: its grid, and u begins inside the cells of its codes.
             regularization: lambda, the factor of the penalty that drives u to integers.
+            learn_exponent: False keeps the exponent of the spec, of any size, to the last bit.
+            partner: a weight whose learned exponent is this one's too, as experts of one stack have it.
 
         Raises:
-            RoundingError: as :class:`LearnedWeight`; another format, a zero point or an exponent out of range.
+            RoundingError: as :class:`LearnedWeight`; another format, a zero point or an exponent out of range; a
+                partner of another spec.
         """
         if spec.format != "power" or not spec.symmetric:
             raise RoundingError(f"whole-space rounding needs format 'power' with symmetric=True, not {spec.json}")
         super().__init__(weight, spec, start)
         assert spec.exponent is not None  # else it was refused as open
-        if not _LOW <= spec.exponent <= _HIGH:
+        if learn_exponent and not _LOW <= spec.exponent <= _HIGH:
             raise RoundingError(f"whole-space rounding learns exponents from {_LOW} to {_HIGH}, not {spec.exponent}")
+        if partner is not None and partner.spec != spec:
+            raise RoundingError(
+                f"weights that share an exponent have one spec, not {partner.spec.json} and {spec.json}"
+            )
         self.regularization = regularization
         self.temperature = FIRST_TEMPERATURE
         self.qmax = 2 ** (spec.bits - 1) - 1
-        share = (min(max(spec.exponent, _LOW + _INSET), _HIGH - _INSET) - _LOW) / (_HIGH - _LOW)
-        self.exponent_logit = nn.Parameter(torch.logit(torch.tensor(share, device=weight.device)))
+        self.leads = learn_exponent and partner is None
+        self.exponent_logit: nn.Parameter | None = None
+        if self.leads:
+            share = (min(max(spec.exponent, _LOW + _INSET), _HIGH - _INSET) - _LOW) / (_HIGH - _LOW)
+            self.exponent_logit = nn.Parameter(torch.logit(torch.tensor(share, device=weight.device)))
+        elif learn_exponent and partner is not None:
+            self.exponent_logit = partner.exponent_logit
         where = position(self.weight, self.base_scale, None, self.levels).clamp_(0, 2 * self.qmax)
         if start is not None:
             codes = positions_of(start, self.levels, self.number_format, self.weight)
@@ -62,12 +81,16 @@ class WholeSpaceRounding(LearnedWeight):
 
     @property
     def exponent(self) -> Tensor:
-        """The exponent a, a scalar, differentiable."""
+        """The exponent a, a scalar, differentiable where it is learned."""
+        if self.exponent_logit is None:
+            return torch.tensor(self.spec.exponent, dtype=torch.float64, device=self.weight.device)
         return _LOW + (_HIGH - _LOW) * self.exponent_logit.sigmoid()
 
     @property
     def result_spec(self) -> WeightSpec:
         """The spec with the learned exponent."""
+        if self.exponent_logit is None:
+            return self.spec
         return replace(self.spec, exponent=float(self.exponent.detach()))
 
     def forward(self) -> Tensor:
@@ -91,7 +114,8 @@ class WholeSpaceRounding(LearnedWeight):
         self.temperature = FIRST_TEMPERATURE * (LAST_TEMPERATURE / FIRST_TEMPERATURE) ** min(1.0, progress)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": [self.codes], "lr_scale": 1.0}, {"params": [self.exponent_logit], "lr_scale": 0.1}]
+        groups = [{"params": [self.codes], "lr_scale": 1.0}]
+        return groups + ([{"params": [self.exponent_logit], "lr_scale": 0.1}] if self.leads else [])
 
     @torch.no_grad()
     def constrain_(self) -> None:

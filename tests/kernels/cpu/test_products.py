@@ -157,7 +157,10 @@ def test_strided_inputs_and_no_tokens() -> None:
 
 @pytest.mark.parametrize("tokens", (1, 16, 24, 25, 200))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("activation", (None, ActivationSpec("int", 8), ActivationSpec("float8_e4m3fn", 8)))
+@pytest.mark.parametrize(
+    "activation",
+    (None, ActivationSpec("int", 8), ActivationSpec("int", 6, symmetric=False), ActivationSpec("float8_e4m3fn", 8)),
+)
 def test_every_route_agrees_with_the_reference_backend(
     tokens: int, dtype: torch.dtype, activation: ActivationSpec | None
 ) -> None:

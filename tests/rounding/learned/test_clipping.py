@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from hf_lowbit.formats import WeightSpec, decode
 from hf_lowbit.formats.packed import scales
 from hf_lowbit.rounding import round_to_nearest
-from hf_lowbit.rounding.learned import LearnedClipping
+from hf_lowbit.rounding.learned import LearnedClipping, MovingClipping
 from tests.rounding.learned.toy import (
     correlated_inputs,
     errors_on_held_out,
@@ -109,3 +111,33 @@ def test_two_bits_gain_more_than_eight() -> None:
         gains.append(nearest / trained)
     assert gains[0] > 1.3 and gains[0] > gains[1]
     assert torch.isfinite(decode(learned.pack())).all()
+
+
+@every_spec
+def test_a_weight_that_stays_is_clipped_as_ever(spec: WeightSpec) -> None:
+    weight = gaussian(6, 48)
+    still, moving = LearnedClipping(weight, spec), MovingClipping(weight, spec, lambda w: w)
+    assert torch.equal(moving(), still())
+    assert torch.equal(decode(moving.pack()), decode(still.pack()))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("values", [{}, {"symmetric": False}, {"symmetric": False, "real_zero_point": True}], ids=str)
+def test_gradients_of_a_moving_weight_are_those_of_its_size(bits: int, values: dict[str, Any]) -> None:
+    """Q(c w) = c Q(w), so that its derivative at c = 1 is Q(w): rounding, clipping and the range together."""
+    spec = WeightSpec("int", bits, 16, scale_dtype="float32", **values)
+    factor = torch.ones((), requires_grad=True)
+    moving = MovingClipping(gaussian(6, 48), spec, lambda w: w * factor, logit=1.0)
+    outer = gaussian(6, 48, seed=3)
+    result = moving()
+    (result * outer).sum().backward()
+    assert factor.grad is not None
+    assert float(factor.grad) == pytest.approx(float((result.detach() * outer).sum()), rel=1e-3, abs=1e-3)
+
+
+def test_what_is_packed_is_the_moved_weight() -> None:
+    weight, spec = gaussian(6, 48), WeightSpec("int", 4, 16, symmetric=False)
+    scale = torch.rand(48, generator=torch.Generator().manual_seed(0)) + 0.5
+    moving = MovingClipping(weight, spec, lambda w: w * scale)
+    assert torch.equal(decode(moving.pack()), decode(LearnedClipping(weight * scale, spec).pack()))
+    assert torch.equal(moving.hard(), moving().detach())

@@ -1,0 +1,186 @@
+"""Columns rounded one by one, each one's error made good by those after it: the sweep of GPTQ and its kin.
+
+With U the upper Cholesky factor of H^-1, the error e_i = (w_i - q_i) / U_ii of column i is taken from the later columns
+j as e_i U_ij. The sum of all e^2 is tr((W - Q) H (W - Q)^T), with H as it was damped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats import NumberFormat, WeightSpec
+from hf_lowbit.rounding.grid import Grid, RoundingError, nearest_values, nonzero
+
+GroupFit = Callable[[Tensor, slice], Grid]  # a group's weights [rows, g] as they are now, its columns -> [rows, 1]
+
+_FIRST_DAMPING, _MOST_DAMPING = 1e-3, 1.0  # after a failure without any, and the last resort
+
+
+class CholeskyError(RoundingError):
+    """A Hessian that no damping makes positive definite."""
+
+
+class Problem(NamedTuple):
+    """A matrix and what its columns' errors cost.
+
+    Attributes:
+        weight: float ``[rows, columns]``, zero where no input comes; in float32, or in float64 if it was that.
+        power: mean square of each column's input, ``[columns]``.
+        order: in which columns are visited, ``[columns]``; None for the stored order.
+        factor: upper Cholesky factor of the inverse of the damped H, ``[columns, columns]`` in that order.
+        damping: the one that was needed, at least the one asked for.
+    """
+
+    weight: Tensor
+    power: Tensor
+    order: Tensor | None
+    factor: Tensor
+    damping: float
+
+
+def pose(weight: Tensor, hessian: Tensor, damping: float, act_order: bool) -> Problem:
+    """Arguments and errors of :func:`hf_lowbit.rounding.gptq.gptq`."""
+    if hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise RoundingError(f"a weight of {weight.shape[1]} columns has no Hessian of {tuple(hessian.shape)}")
+    if not bool(torch.isfinite(hessian).all()):
+        raise RoundingError("the Hessian holds NaN or infinite values")
+    if not bool(torch.isfinite(weight).all()):
+        raise RoundingError("the weight holds NaN or infinite values")
+    precision = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    h = hessian.to(weight.device, torch.promote_types(hessian.dtype, torch.float32), copy=True)
+    power = h.diagonal().clone()
+    dead = power == 0
+    h.diagonal()[dead] = 1.0 if bool(dead.all()) else power[~dead].mean()
+    work = weight.to(precision).masked_fill(dead, 0)
+    order = torch.argsort(power, descending=True, stable=True) if act_order else None
+    factor, used = inverse_factor(h if order is None else h[order][:, order], damping, precision)
+    return Problem(work, power, order, factor, used)
+
+
+def inverse_factor(h: Tensor, damping: float, precision: torch.dtype) -> tuple[Tensor, float]:
+    """Upper Cholesky factor of the inverse of the damped H, of type ``precision``, and the damping that was needed.
+
+    What float32 cannot factorise, float64 may: it is tried before more damping is. Where float32 can, it is good: its
+    factors were off by 1e-6 (damping 0.01, condition 1e5) to 1e-4 (1e-4, 1e7).
+    """
+    mean = h.diagonal().mean()
+    while True:
+        for tried in dict.fromkeys((precision, torch.float64)):
+            factor = _factor(h, damping * mean, tried)
+            if factor is not None:
+                return factor.to(precision), damping
+        if damping >= _MOST_DAMPING:
+            raise CholeskyError(f"its Hessian is not positive definite even with damping={damping:g}")
+        damping = min(10 * damping if damping else _FIRST_DAMPING, _MOST_DAMPING)
+
+
+def _factor(h: Tensor, added: Tensor, precision: torch.dtype) -> Tensor | None:
+    """The factor for H + added I, computed in ``precision``; None where that fails."""
+    reverse = h.to(precision).flip(0, 1)  # a copy
+    reverse.diagonal().add_(added)
+    lower, failed = torch.linalg.cholesky_ex(reverse)
+    if failed:
+        return None
+    upper = lower.flip(0, 1)
+    del reverse, lower  # of the size of H each, which may be half a gigabyte
+    factor = torch.linalg.solve_triangular(upper, torch.eye(len(h), dtype=precision, device=h.device), upper=True)
+    return factor if bool(torch.isfinite(factor).all()) else None
+
+
+def empty_grid(weight: Tensor, spec: WeightSpec) -> Grid:
+    """Zeros for a grid that is fitted group by group."""
+    return Grid(*weight.new_zeros(2, weight.shape[0], spec.groups(weight.shape[1])).float())
+
+
+def round_columns(
+    problem: Problem, rounder: Rounder, number_format: NumberFormat, block_size: int, fit: GroupFit | None
+) -> tuple[Tensor, float]:
+    """Codes ``[rows, columns]`` and the loss, the sum of all e^2.
+
+    Columns are visited in the problem's order; grid and codes are in the stored one. ``fit`` fills in the rounder's
+    grid on the way. The working copy is transposed: its columns are contiguous.
+    """
+    weight, order, factor = problem.weight, problem.order, problem.factor
+    rows, columns = weight.shape
+    work = (weight if order is None else weight[:, order]).t().contiguous()
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=work.device)
+    size = columns // rounder.grid.scale.shape[1]
+    loss = work.new_zeros((), dtype=torch.float64)
+    for start, end in _blocks(columns, block_size, None if fit is None else size):
+        if fit is not None and start % size == 0:
+            rounder.put(start // size, fit(work[start : start + size].t(), slice(start, start + size)))
+        values, errors = torch.empty_like(work[start:end]), torch.empty_like(work[start:end])
+        own = factor[start:end, start:end]
+        for i, (w, value, error) in enumerate(zip(work[start:end], values, errors, strict=True)):
+            rounder.round(w, start + i, value, error)
+            if start + i + 1 < end:
+                work[start + i + 1 : end].addr_(own[i, i + 1 :], error, alpha=-1)
+        codes[start:end] = number_format.encode(values)
+        loss += errors.square().sum()
+        work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    if order is not None:
+        codes = codes[torch.argsort(order)]
+    return codes.t(), float(loss)
+
+
+def _blocks(columns: int, block_size: int, group: int | None) -> list[tuple[int, int]]:
+    """Ranges of columns; given a group that is fitted on the way, none reaches beyond one.
+
+    Later columns lack the errors of the block that is under way, so that a group must start with its block.
+    """
+    whole = columns if group is None else group
+    return [
+        (start, min(start + block_size, first + whole))
+        for first in range(0, columns, whole)
+        for start in range(first, first + whole, block_size)
+    ]
+
+
+class Rounder:
+    """Rounds columns to the grids of their groups; no allocation and few operations per column of an integer grid.
+
+    Attributes:
+        grid: of all groups, ``[rows or 1, groups]``.
+        diagonal: of the factor, in the order of visits.
+    """
+
+    def __init__(self, problem: Problem, grid: Grid, number_format: NumberFormat) -> None:
+        rows, columns = problem.weight.shape
+        self.grid, self._format, self._dtype = grid, number_format, problem.weight.dtype
+        self._integers = number_format.is_integer_grid
+        self._low, self._high = number_format.table[0].item(), number_format.table[-1].item()
+        count = grid.scale.shape[1]
+        stored = torch.arange(columns) if problem.order is None else problem.order.cpu()
+        self._group_of = stored.div(columns // count, rounding_mode="floor").tolist()
+        self.diagonal = problem.factor.diagonal().tolist()
+        self._scale, self._divisor, self._zero = ([grid.scale[:, g] for g in range(count)] for _ in range(3))
+        for group in range(count):
+            self._refresh(group)
+        self._shifted = torch.empty(rows, dtype=self._dtype, device=grid.scale.device)
+
+    def put(self, group: int, fitted: Grid) -> None:
+        """Set a group's grid, ``[rows, 1]``."""
+        self.grid.scale[:, group], self.grid.zero_point[:, group] = fitted.scale[:, 0], fitted.zero_point[:, 0]
+        self._refresh(group)
+
+    def _refresh(self, group: int) -> None:
+        """Read a group's grid again: contiguous ``[rows or 1]``."""
+        scale, zero = (part[:, group].to(self._dtype).contiguous() for part in self.grid)
+        self._scale[group], self._divisor[group], self._zero[group] = scale, nonzero(scale), zero
+
+    def round(self, w: Tensor, visit: int, value: Tensor, error: Tensor) -> None:
+        """Write the nearest table values of ``w`` and its errors e, ``[rows]`` each, for the column of that visit."""
+        group = self._group_of[visit]
+        zero = self._zero[group]
+        torch.div(w, self._divisor[group], out=value).add_(zero)
+        if self._integers:
+            value.round_().clamp_(self._low, self._high)
+        else:
+            value.copy_(nearest_values(value, self._format))
+        torch.sub(value, zero, out=self._shifted)
+        torch.addcmul(w, self._shifted, self._scale[group], value=-1, out=error)
+        error.div_(self.diagonal[visit])
