@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +17,8 @@ from hf_lowbit.method import Recipe
 from hf_lowbit.nn import PackedModule
 from hf_lowbit.nn.base import expand_low_rank
 from hf_lowbit.rounding import relative_error
+
+_float_weights: ContextVar[dict[str, Tensor] | None] = ContextVar("float_weights", default=None)
 
 
 class QuantizationError(ValueError):
@@ -35,6 +40,22 @@ class Outcome:
     original_bits: int | None = None
 
 
+@contextmanager
+def keep_float_weights() -> Iterator[dict[str, Tensor]]:
+    """Keep what is rounded: full parameter name -> the float weight just before, with all that was rewritten before.
+
+    In the original layout; a transform of the packed layer is folded in, so that an ordinary layer with this weight
+    computes what the packed one would if rounding cost nothing. Weights that share another's storage are left out.
+    They take as much memory as the model's quantized layers in float.
+    """
+    kept: dict[str, Tensor] = {}
+    token = _float_weights.set(kept)
+    try:
+        yield kept
+    finally:
+        _float_weights.reset(token)
+
+
 @torch.no_grad()
 def quantize_parameter(
     module: PackedModule, name: str, weight: Tensor, recipe: Recipe, where: str, outcome: Outcome, adapter_rank: int = 0
@@ -53,7 +74,10 @@ def quantize_parameter(
         QuantizationError: the recipe refused the weight, or the rank exceeds it.
     """
     try:
-        packed = recipe.rounding(module.to_matrix(name, weight), module.layer_spec.weight)
+        matrix = module.to_matrix(name, weight)
+        packed = recipe.rounding(module.without_exact(name, matrix), module.layer_spec.weight)
+        if module.layer_spec.exact is not None:  # a merged weight: what was kept exact stays so
+            module.fit_exact(name, matrix, decode(packed))
     except ValueError as problem:
         raise QuantizationError(f"{where}.{name}: {problem}") from None
     done = pack_parameter(module, name, weight, packed, where, adapter_rank)
@@ -78,21 +102,25 @@ def pack_parameter(
         QuantizationError: shapes that are not the layer's, or a rank that exceeds the matrix.
     """
     matrix = module.to_matrix(name, weight)
+    if (kept := _float_weights.get()) is not None:
+        kept[f"{where}.{name}"] = module.from_matrix(name, matrix).clone()
     adapter = None
     try:
         if packed.spec != module.layer_spec.weight:
             module.layer_spec = replace(module.layer_spec, weight=packed.spec)
         rank = module.layer_spec.low_rank or adapter_rank
-        error = relative_error(matrix, packed)
         if rank:
-            a, b = _stacked_factors(matrix.float() - decode(packed), rank, module.branches(name))
+            difference = _difference(module, name, matrix, packed)
+            transform = module.layer_spec.transform
+            if transform is not None and not module.layer_spec.low_rank:  # an adapter reads the input as it comes
+                difference = transform.folded(difference, module.transform_tensors(name))
+            a, b = _stacked_factors(difference, rank, module.branches(name))
             if module.layer_spec.low_rank:
                 module.set_low_rank_factors(name, a, b)
             else:
                 adapter = (a, b)
         module.set_packed(name, packed)
-        if module.layer_spec.low_rank:
-            error = _error_with_branch(module, name, matrix, packed)
+        error = _error(module, name, matrix, packed)
     except ValueError as problem:
         raise QuantizationError(f"{where}.{name}: {problem}") from None
     return PackedParameter(error, adapter)
@@ -103,9 +131,17 @@ def _stacked_factors(error: Tensor, rank: int, branches: int) -> tuple[Tensor, T
     return torch.cat([a for a, _ in parts], -2), torch.cat([b for _, b in parts], -2)
 
 
-def _error_with_branch(module: PackedModule, name: str, matrix: Tensor, packed: PackedTensor) -> float:
+def _difference(module: PackedModule, name: str, matrix: Tensor, packed: PackedTensor) -> Tensor:
+    """What codes and exact part leave of a weight."""
+    return matrix.float() - module.with_exact(name, decode(packed))
+
+
+def _error(module: PackedModule, name: str, matrix: Tensor, packed: PackedTensor) -> float:
     factors = module.low_rank_factors(name, torch.float32)
-    assert factors is not None
-    difference = matrix.float() - decode(packed) - expand_low_rank(*factors, module.branches(name))
+    if factors is None and module.layer_spec.exact is None:
+        return relative_error(matrix, packed)
+    difference = _difference(module, name, matrix, packed)
+    if factors is not None:
+        difference -= expand_low_rank(*factors, module.branches(name))
     norm = matrix.float().norm().item()
     return difference.norm().item() / norm if norm else 0.0

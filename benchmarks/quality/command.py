@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hf_lowbit.evaluation.plots import check_picture
 from quality.data import prepare
 from quality.judge import Judge, difference, summary
+from quality.picture import draw, nominal_bits
 from quality.variants import VARIANTS, Variant
 
 _HERE = Path(__file__).parent
@@ -34,12 +36,20 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON; rows that it has already are kept")
+    parser.add_argument(
+        "--plot", type=Path, help="a picture, also of earlier rows in --output of the same data and group"
+    )
     values = parser.parse_args()
     values.bits = [int(bits) for bits in values.bits.split(",")]
     values.group = None if values.group == "row" else int(values.group)
     values.methods = values.methods.split(",")
     if unknown := set(values.methods) - set(VARIANTS):
         parser.error(f"--methods: no {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    if values.plot:
+        try:
+            check_picture(values.plot)
+        except (ImportError, ValueError) as error:
+            parser.error(f"--plot: {error}")
     return values
 
 
@@ -77,6 +87,10 @@ def main(description: str | None) -> None:
                 print(line(row), flush=True)
                 if options.output:
                     options.output.write_text(json.dumps({"model": source.name, "rows": rows}, indent=1))
+    if options.plot:
+        same = {"group": options.group, "samples": options.samples, "length": options.length}
+        shown = [row for row in rows if all(row.get(name) == value for name, value in same.items())]
+        draw(shown, options.plot, f"{source.name}, calibrated on {options.samples} x {options.length} tokens")
     for bits in options.bits:
         print(table([row for row in rows if row["bits"] == bits and row["group"] == options.group]))
 
@@ -114,6 +128,8 @@ def run(
     if result.returncode:
         return {"failed": (result.stderr or result.stdout)[-600:]}
     found = {**json.loads(facts.read_text()), "process_seconds": time.monotonic() - begun}
+    if is_peer:  # judged by its dequantized weights
+        found["bits_per_weight"] = nominal_bits(bits, options.group, variant.fields.get("symmetric", True))
     import torch
     from transformers import AutoModelForCausalLM
 

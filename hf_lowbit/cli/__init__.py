@@ -3,7 +3,7 @@
 Importing this package loads neither torch nor transformers; commands import what they need when they run.
 """
 
-from hf_lowbit.cli import dequantize, evaluate, export, inspection, methods, push, quantize, quickstart, search
+from hf_lowbit.cli import dequantize, evaluate, export, inspection, methods, plot, push, quantize, quickstart, search
 from hf_lowbit.cli.app import app
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "inspection",
     "main",
     "methods",
+    "plot",
     "push",
     "quantize",
     "quickstart",
@@ -21,7 +22,7 @@ __all__ = [
 ]
 
 # In help texts, the order in which a newcomer meets them.
-_ORDER = ("quickstart", "methods", "quantize", "search", "inspect", "evaluate", "dequantize", "export", "push")
+_ORDER = ("quickstart", "methods", "quantize", "search", "inspect", "evaluate", "plot", "dequantize", "export", "push")
 app.registered_commands.sort(key=lambda registered: _ORDER.index(registered.name or ""))
 
 

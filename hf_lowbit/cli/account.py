@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +16,7 @@ if TYPE_CHECKING:
     from hf_lowbit.nn import LayerSpec
     from hf_lowbit.reporting import Report
 
-_COMPANIONS = (
-    "_scale",
-    "_zero_point",
-    "_table",
-    "_low_rank_a",
-    "_low_rank_b",
-    "_transform_source",
-    "_transform_target",
-    "_transform_factor",
-)
+_COMPANION = re.compile(r"_((scale|zero_point)(_range)?|table|low_rank_[ab]|(transform|exact)_[a-z_0-9]+)$")
 _CONFIG_FILES = ("config.json", "lowbit_config.json")
 
 
@@ -146,7 +138,7 @@ def _packed_modules(folder: Path, config: LowbitConfig, tensors: dict[str, Store
             packed = found.setdefault(owner, _Packed(*planned[owner], tensors=[]))
             packed.tensors.append(name)
             packed.bytes += tensor.bytes
-        elif name.endswith(_COMPANIONS):
+        elif _COMPANION.search(name):
             raise CorruptWeightError(f"{folder}: the plan does not name the packed {name}; was its config edited?")
     if not found:
         raise CorruptWeightError(f"{folder}: the weight files hold no packed layer, although the config has a plan")
@@ -196,7 +188,7 @@ def _count(config: LowbitConfig, tensors: dict[str, StoredTensor], packed: dict[
     layers = []
     for module, stored in packed.items():
         weight, activation = stored.spec.weight, stored.spec.activation
-        codes = [name for name in stored.tensors if not name.endswith(_COMPANIONS)]
+        codes = [name for name in stored.tensors if not _COMPANION.search(name)]
         layers.append(
             LayerReport(
                 name=codes[0] if len(codes) == 1 else module,
@@ -208,7 +200,7 @@ def _count(config: LowbitConfig, tensors: dict[str, StoredTensor], packed: dict[
                 arithmetic=arithmetic_of(stored.spec),
                 elements=sum(_elements(tensors, name, stored.spec) for name in codes),
                 packed_bytes=stored.bytes,
-                activation=None if activation is None else f"{activation.format} {activation.bits} bits",
+                activation=None if activation is None else str(activation),
                 low_rank=stored.spec.low_rank,
             )
         )
@@ -222,7 +214,9 @@ def _elements(tensors: dict[str, StoredTensor], name: str, spec: LayerSpec) -> i
     """
     rows = math.prod(tensors[name].shape[:-1])
     if isinstance(spec.weight.group_size, int) and f"{name}_scale" in tensors:
-        return rows * tensors[f"{name}_scale"].shape[-1] * spec.weight.group_size
+        ranges = tensors.get(f"{name}_scale_range")  # [..., groups, 2] where scales are codes
+        groups = tensors[f"{name}_scale"].shape[-1] if ranges is None else ranges.shape[-2]
+        return rows * groups * spec.weight.group_size
     if f"{name}_low_rank_a" in tensors:
         return rows * tensors[f"{name}_low_rank_a"].shape[-1]
     per_word = 20 if spec.weight.packing == "base3" else 32 / spec.weight.bits

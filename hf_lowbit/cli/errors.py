@@ -31,7 +31,9 @@ _REQUEST_ERRORS = {
     "RepositoryNotFoundError",
     "RequestError",
     "ResumeError",
+    "SourceError",
     "SpecError",
+    "TaskError",
 }
 _OWN_WORDS = _REQUEST_ERRORS | {"FetchError", "OSError", "QuantizationError", "ValueError"}
 

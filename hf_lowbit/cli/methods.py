@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,14 +55,16 @@ def describe_method(method: Method) -> dict[str, Any]:
         "needs_data": method.needs_data,
         "formats": format_names(),
         "fields": {
-            field.name: {
-                "type": str(field.type),
-                "default": field.default_factory() if field.default_factory is not MISSING else field.default,
-            }
+            field.name: {"type": str(field.type), "default": _default(field)}
             for field in fields(method.config_class)
             if field.name not in _NOT_SETTABLE
         },
     }
+
+
+def _default(field: Field[Any]) -> Any:
+    value = field.default_factory() if field.default_factory is not MISSING else field.default
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _show_all(described: dict[str, dict[str, Any]]) -> None:

@@ -75,7 +75,7 @@ def search_command(
         check_data(data)
         result = _search(model, config, data, bits_per_weight, bits, metric, fuse)
         output.write_text(json.dumps(result.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        needs_data = method_of(config).needs_data
+        calibrates = method_of(config).make_recipe(config).calibrate is not None
         seconds = time.monotonic() - started
     if json_output:
         print_json({**result.to_dict(), "model": model, "output": str(output), "command_seconds": seconds})
@@ -85,7 +85,7 @@ def search_command(
     facts([("bits per weight", reached), ("metric", metric), ("total loss", f"{result.loss:.4g}")])
     screen().print(
         f"Written to {output} in {seconds:.1f} s; next: hf-lowbit quantize {model} --config {output} "
-        f"{f'--data {data} ' if needs_data else ''}--output DIR",
+        f"{f'--data {data} ' if calibrates else ''}--output DIR",
         soft_wrap=True,
         markup=False,
     )

@@ -44,12 +44,24 @@ def evaluate_language_model(
             tokens than the model, or the reference another vocabulary size.
         FloatingPointError: NaN or infinite logits.
     """
+    windows, facts = held_out_windows(model, reference, tokenizer, text, sequence_length, max_tokens)
+    return {**summarize(score_windows(model, windows, reference), seed), **facts}
+
+
+def held_out_windows(
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    sequence_length: int,
+    max_tokens: int | None,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """The windows of :func:`evaluate_language_model`, and its "sequence_length" and "bos"; refuses what it refuses."""
     _check_vocabularies(model, tokenizer, reference)
     bos = getattr(tokenizer, "bos_token_id", None)
     windows = split_windows(tokenize(tokenizer, text, max_tokens), sequence_length, bos)
     _check_length(windows, sequence_length)
-    result = summarize(score_windows(model, windows, reference), seed)
-    return {**result, "sequence_length": sequence_length, "bos": bos is not None}
+    return windows, {"sequence_length": sequence_length, "bos": bos is not None}
 
 
 def summarize(scores: WindowScores, seed: int = 0) -> dict[str, Any]:

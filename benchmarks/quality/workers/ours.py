@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -19,8 +20,9 @@ def main(order: dict[str, object]) -> None:
     ids = torch.load(str(order["data"]))
     method = hf_lowbit.methods()[str(order["method"])]
     fields = dict(order["fields"])  # type: ignore[call-overload]
-    data = {"dataset": ids, "num_samples": len(ids), "sequence_length": ids.shape[1]} if method.needs_data else {}
-    config = method.config_class(**fields, **data)
+    config = method.config_class(**fields)
+    if method.make_recipe(config).calibrate is not None:
+        config = dataclasses.replace(config, dataset=ids, num_samples=len(ids), sequence_length=ids.shape[1])
     begun = time.monotonic()
     if order["device"] == "cpu":
         hf_lowbit.quantize(order["model"], config, output=str(order["output"]))
