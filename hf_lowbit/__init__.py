@@ -21,6 +21,7 @@ _LAZY = {
     "MethodName": "hf_lowbit.config",
     "Recipe": "hf_lowbit.method",
     "Report": "hf_lowbit.reporting",
+    "TuningConfig": "hf_lowbit.config",
     "dequantize": "hf_lowbit.quantization",
     "export_model": "hf_lowbit.export",
     "load": "hf_lowbit.plain",

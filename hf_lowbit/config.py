@@ -20,8 +20,9 @@ from hf_lowbit.plan.patterns import check_patterns, first_match
 FORMAT_VERSION = 1
 _FORMAT_FIELDS = (
     "format", "bits", "group_size", "symmetric", "scale_dtype", "packing", "exponent", "codebook", "real_zero_point",
+    "scale_bits", "scale_group",
 )  # fmt: skip
-_ACTIVATION_FIELDS = ("activation_bits", "activation_format")
+_ACTIVATION_FIELDS = ("activation_bits", "activation_format", "activation_symmetric")
 _RUNTIME_FIELDS = ("dataset",)  # never written: a config holds no data
 _STORED_FIELDS = ("plan", "provenance")
 
@@ -64,22 +65,52 @@ class LowRankConfig:
             raise ConfigError(f"low_rank.keep={self.keep!r} is not supported; supported: 'branch', 'adapter'")
 
 
+@dataclass(frozen=True)
+class TuningConfig:
+    """End-to-end tuning after a calibrated method: scales and norms are trained until the quantized model predicts what
+    the float one did (:mod:`hf_lowbit.calibration.tuning`). Codes stay, and nothing is added to the file.
+
+    Attributes:
+        epochs: passes over the calibration data.
+        learning_rate: of Adam, for the logarithm of each scale and for norms relative to their size.
+        samples: of each step.
+    """
+
+    epochs: int = 2
+    learning_rate: float = 1e-3
+    samples: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "samples"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ConfigError(f"tuning.{name} must be a positive integer, not {getattr(self, name)!r}")
+        rate = self.learning_rate
+        if type(rate) not in (int, float) or not 0 < rate < 1:
+            raise ConfigError(f"tuning.learning_rate must lie between 0 and 1, not {rate!r}")
+
+
+_PARTS = {"low_rank": LowRankConfig, "tuning": TuningConfig}  # fields that are configs themselves
+
+
 @dataclass(kw_only=True, repr=False)
 class LowbitConfig(QuantizationConfigMixin):
     """Fields that every method shares. Unknown and out-of-range fields raise :class:`ConfigError`.
 
     Attributes:
-        format, bits, group_size, symmetric, scale_dtype, packing, exponent, codebook, real_zero_point: the weights'
-            number format and granularity (:class:`hf_lowbit.formats.WeightSpec`); bits=None takes the format's own
-            width.
+        format, bits, group_size, symmetric, scale_dtype, packing, exponent, codebook, real_zero_point, scale_bits,
+            scale_group: the weights' number format and granularity (:class:`hf_lowbit.formats.WeightSpec`); bits=None
+            takes the format's own width.
         activation_bits, activation_format: dynamic per-token quantization of inputs: 4, 6 or 8 bits of "int"
             (the default format when bits are given), or "float8_e4m3fn". None: full precision.
+        activation_symmetric: False: 4 or 6 bits with a zero point per token. An override that changes the width to 8
+            bits, or the format, goes back to True.
         quantize_embeddings, quantize_lm_head: also pack these; either one packs both where they are tied.
         modules_to_not_convert: names or regular expressions of modules that stay in full precision.
         overrides: {name or regular expression: {field: value}} for formats and activations of single modules; the
             first pattern that matches counts.
         strict_groups: refuse groups that do not divide a layer's input instead of taking the largest divisor.
         low_rank: compensation of the rounding error, or None.
+        tuning: end-to-end tuning of scales and norms after a method that calibrates, or None.
         backend: force a kernel backend, "reference" (torch) or "cpu" (native); None picks the best for each product.
         dataset, num_samples, sequence_length, seed: calibration data, for methods that need it. The data itself is
             never stored.
@@ -88,6 +119,7 @@ class LowbitConfig(QuantizationConfigMixin):
     """
 
     quant_method: ClassVar[MethodName] = MethodName("lowbit")  # type: ignore[misc,assignment]
+    codes_scales: ClassVar[bool] = False  # whether the method fits its codes to scales that are codes too (scale_bits)
     searches_exponent: ClassVar[bool] = False  # whether the method finds the exponent of "power" where none is given
 
     format: str = "int"
@@ -99,14 +131,18 @@ class LowbitConfig(QuantizationConfigMixin):
     exponent: float | None = None
     codebook: list[float] | None = None
     real_zero_point: bool = False
+    scale_bits: int | None = None
+    scale_group: int = 16
     activation_bits: int | None = None
     activation_format: str | None = None
+    activation_symmetric: bool = True
     quantize_embeddings: bool = False
     quantize_lm_head: bool = False
     modules_to_not_convert: list[str] | None = None
     overrides: dict[str, dict[str, Any]] | None = None
     strict_groups: bool = False
     low_rank: LowRankConfig | None = None
+    tuning: TuningConfig | None = None
     backend: str | None = None
     dataset: Any = None
     num_samples: int = 128
@@ -121,9 +157,10 @@ class LowbitConfig(QuantizationConfigMixin):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if isinstance(self.low_rank, dict):
-            check_field_names(LowRankConfig, self.low_rank, "low_rank")
-            self.low_rank = LowRankConfig(**self.low_rank)
+        for name, part in _PARTS.items():
+            if isinstance(values := getattr(self, name), dict):
+                check_field_names(part, values, name)
+                setattr(self, name, part(**values))
         self._check_plain_fields()
         try:
             if self.bits is None:
@@ -161,8 +198,8 @@ class LowbitConfig(QuantizationConfigMixin):
             raise ConfigError(f"{type(self).__name__}: provenance must be a dictionary, not {self.provenance!r}")
         if type(self.seed) is not int:
             raise ConfigError(f"{type(self).__name__}: seed must be an integer, not {self.seed!r}")
-        flags = ("symmetric", "real_zero_point", "quantize_embeddings", "quantize_lm_head", "strict_groups")
-        for name in flags:
+        flags = ("symmetric", "real_zero_point", "activation_symmetric", "quantize_embeddings", "quantize_lm_head")
+        for name in (*flags, "strict_groups"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{type(self).__name__}: {name} must be True or False, not {getattr(self, name)!r}")
         for name in ("num_samples", "sequence_length"):
@@ -170,10 +207,18 @@ class LowbitConfig(QuantizationConfigMixin):
                 raise ConfigError(
                     f"{type(self).__name__}: {name} must be a positive integer, not {getattr(self, name)!r}"
                 )
+        if not self.activation_symmetric and self.activation_bits is None and self.activation_format is None:
+            raise ConfigError(f"{type(self).__name__}: activation_symmetric=False needs activation_bits=4 or 6")
         if reason := why_not(self.backend):
             raise ConfigError(f"{type(self).__name__}: {reason}")
-        if self.low_rank is not None and not isinstance(self.low_rank, LowRankConfig):
-            raise ConfigError(f"{type(self).__name__}: low_rank must be a LowRankConfig, not {self.low_rank!r}")
+        for name, part in _PARTS.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, part):
+                raise ConfigError(f"{type(self).__name__}: {name} must be a {part.__name__}, not {value!r}")
+        if self.tuning is not None and self.low_rank is not None and self.low_rank.keep == "adapter":
+            raise ConfigError(
+                f"{type(self).__name__}: tuning would train the model without its adapter; use low_rank keep='branch'"
+            )
 
     def layer_spec(self, name: str) -> LayerSpec:
         """The specification of the module called ``name``: the config's fields, then the first matching override's."""
@@ -187,17 +232,25 @@ class LowbitConfig(QuantizationConfigMixin):
             values["bits"] = default_bits(overrides["format"], overrides.get("codebook"))
         if overrides.get("symmetric"):  # nor do those of a zero point without one
             values["real_zero_point"] = False
+        if overrides.get("scale_bits", 0) is None:  # nor groups of scales where they are plain
+            values["scale_group"] = 16
+        if overrides.get("activation_bits") == 8 or "activation_format" in overrides:  # nor that of inputs
+            values["activation_symmetric"] = True
         values.update(overrides)
         if values["format"] == "int" and values["bits"] == 1 and not values["symmetric"]:
             values["real_zero_point"] = False  # that of one bit is real anyway
-        activation_bits, activation_format = (values.pop(name) for name in _ACTIVATION_FIELDS)
+        activation_bits, activation_format, symmetric = (values.pop(name) for name in _ACTIVATION_FIELDS)
         activation = None
         if activation_bits is not None or activation_format is not None:
             bits = 8 if activation_bits is None else activation_bits
             name = "int" if activation_format is None else activation_format
-            activation = ActivationSpec("float8_e4m3fn" if name == "fp_e4m3fn" else name, bits)
+            activation = ActivationSpec("float8_e4m3fn" if name == "fp_e4m3fn" else name, bits, symmetric)
         rank = self.low_rank.rank if self.low_rank is not None and self.low_rank.keep == "branch" else 0
         weight = WeightSpec(**values)
+        if weight.scale_bits is not None and not self.codes_scales:
+            raise SpecError(
+                f"scale_bits={weight.scale_bits}: the method keeps its scales as they are; use scale_bits=None"
+            )
         if weight.is_open and not self.searches_exponent:
             weight.number_format  # noqa: B018  raises: the method cannot complete it
         return LayerSpec(weight, activation, rank)
@@ -210,7 +263,9 @@ class LowbitConfig(QuantizationConfigMixin):
             default = f.default_factory() if f.default_factory is not MISSING else f.default
             always = f.name in ("format", "bits", "group_size")
             if f.name not in _RUNTIME_FIELDS and (always or value != default):
-                values[f.name] = asdict(value) if isinstance(value, LowRankConfig) else copy.deepcopy(value)
+                values[f.name] = (
+                    asdict(value) if isinstance(value, LowRankConfig | TuningConfig) else copy.deepcopy(value)
+                )
         return values
 
     @classmethod

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from torch import Tensor, nn
 from hf_lowbit.calibration.block import PackedParameter
 from hf_lowbit.calibration.checkpoint import Checkpoint, fingerprint_of
 from hf_lowbit.calibration.data import CalibrationData, prepare_data
-from hf_lowbit.calibration.parallel import processes, rank, wait_for_all
+from hf_lowbit.calibration.parallel import processes, rank, share, wait_for_all
 from hf_lowbit.calibration.peak import predict_peak
-from hf_lowbit.calibration.store import default_limit
+from hf_lowbit.calibration.predictions import Predictions
+from hf_lowbit.calibration.store import TensorStore, default_limit
+from hf_lowbit.calibration.tuning import tune
+from hf_lowbit.calibration.units import without_cache
 from hf_lowbit.calibration.walk import Walk
 from hf_lowbit.config import LowbitConfig
 from hf_lowbit.formats import PackedTensor
 from hf_lowbit.integrations.finish import finish_quantization, library_versions
-from hf_lowbit.integrations.loading import model_facts, processing_of
+from hf_lowbit.integrations.loading import forget_ties, model_facts, processing_of
 from hf_lowbit.method import Recipe
 from hf_lowbit.nn import PackedModule
 from hf_lowbit.plan import Plan, build_plan, replace_modules
@@ -81,14 +85,20 @@ def _calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run,
     def pack(module: PackedModule, parameter: str, weight: Tensor, packed: PackedTensor, where: str) -> PackedParameter:
         return pack_parameter(module, parameter, weight, packed, where, adapter_rank)
 
-    restore = _snapshot(model, plan) if run.undo else None
-    try:
+    with ExitStack() as undo, TensorStore(limit, checkpoint.folder.parent) as store:
+        if run.undo:
+            undo.callback(_snapshot(model, plan))
+        predictions = _predictions(model, config, data, store)
+        if recipe.prepare is not None:
+            plan = _replan(model, config, recipe.prepare(model, data.batches), undo)
         walk = Walk(
             model, plan.layers, recipe.calibrate, data.batches, pack,
             targets=recipe.targets, checkpoint=checkpoint, seed=config.seed, limit=limit,
             folder=checkpoint.folder.parent,
         )  # fmt: skip
         walked = walk.run()
+        if predictions is not None:
+            plan.warnings.append(_tune(model, config, predictions))
         config.provenance = {**config.provenance, **_provenance(data, config)}
         plan.warnings += [f"{name}: {why}" for name, why in walked.notes.items()]
         outcome = Outcome(
@@ -97,13 +107,39 @@ def _calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run,
             original_bits,
         )
         finish_quantization(model, config, plan, outcome, time.monotonic() - started)
-    except BaseException:
-        if restore is not None:
-            restore()
-        raise
+        undo.pop_all()
     wait_for_all()
     if rank() == 0:
         checkpoint.finish()
+
+
+def _replan(model: nn.Module, config: LowbitConfig, notes: list[str], undo: ExitStack) -> Plan:
+    """The plan of a model that was rewritten: it may have been untied."""
+    undo.callback(forget_ties(model))
+    for note in notes:
+        logger.info("%s", note)
+    plan = build_plan(model, config, model_facts(model, shared_weights(model)))
+    plan.warnings += notes
+    return plan
+
+
+def _predictions(
+    model: nn.Module, config: LowbitConfig, data: CalibrationData, store: TensorStore
+) -> Predictions | None:
+    """Of the float model, where it is tuned on them in the end."""
+    if config.tuning is None:
+        return None
+    return Predictions(model, share([without_cache(model, batch) for batch in data.batches]), store)
+
+
+def _tune(model: nn.Module, config: LowbitConfig, predictions: Predictions) -> str:
+    """Train scales and norms; a line for the report."""
+    assert config.tuning is not None
+    tuned = tune(model, predictions, **asdict(config.tuning), seed=config.seed)
+    change = f"the loss on a part of the calibration data went from {tuned.before:.4g} to {tuned.after:.4g}"
+    if not tuned.kept:
+        return f"tuning scales and norms did not help and was undone: {change}"
+    return f"scales and norms are tuned end to end: {change}; errors of single layers are those before"
 
 
 def _prepare(model: nn.Module, config: LowbitConfig) -> CalibrationData:
@@ -152,14 +188,17 @@ def _provenance(data: CalibrationData, config: LowbitConfig) -> dict[str, Any]:
 
 
 def _snapshot(model: nn.Module, plan: Plan) -> Callable[[], None]:
-    """What puts a model back as it was: its layers, and every float tensor in its own type."""
+    """What puts a model back as it was: its layers, their parameters, and every float tensor in its own type."""
     originals = {name: model.get_submodule(name) for name in plan.layers}
+    places = [(m, name, parameter) for m in model.modules() for name, parameter in m._parameters.items()]
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     # a block in float32 is worked on in place; of other types the originals are left alone
     values = [t.data.clone() if t.dtype == torch.float32 else t.data for t in tensors]
 
     def restore() -> None:
         replace_modules(model, originals)
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
         for tensor, value in zip(tensors, values, strict=True):
             tensor.data = value
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_lowbit.config import LowbitConfig
 from hf_lowbit.formats import PackedTensor, WeightSpec
@@ -37,11 +37,14 @@ class Recipe:
             it. A calibrated method's is used where there is nothing to calibrate on (merging an adapter).
         calibrate: what a calibrated method does with each block, in the order of the model.
         targets: whether it needs what the float model's blocks return (:meth:`Block.target`).
+        prepare: rewrites the whole float model first, in place and exactly: model, batches of its arguments -> lines
+            for the report. Parameters get new values as new ``data``, so that a failure can be undone; it may untie.
     """
 
     rounding: Callable[[Tensor, WeightSpec], PackedTensor] = _round_to_nearest
     calibrate: Callable[[Block], None] | None = None
     targets: bool = False
+    prepare: Callable[[nn.Module, Sequence[dict[str, Any]]], list[str]] | None = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class LayerReport:
         activation: format of its quantized input, or None.
         arithmetic: how it multiplies: "decoded", "int8" or "float (decoded)".
         kernel: what multiplies a few tokens with it, and decodes it for larger convolutions, on this machine: "cpu",
-            "cpu, row by row" (slower) or "torch".
+            "cpu, row by row" (slower) or "torch"; with ", scales decoded" where scales are codes (slower, too).
         elements: weights in it; 0 for a parameter that shares another's storage.
         packed_bytes: codes, scales, zero points, tables and low-rank factors.
         error: ||w - w_hat|| / ||w||, low-rank branch included; None where it was not measured (a reloaded model
@@ -180,7 +180,7 @@ def _describe_parameter(name: str, module: PackedModule, parameter: str, seen: d
         arithmetic=arithmetic_of(spec),
         elements=0 if shared else elements,
         packed_bytes=0 if shared else sum(tensor.numel() * tensor.element_size() for tensor in stored),
-        activation=None if spec.activation is None else f"{spec.activation.format} {spec.activation.bits} bits",
+        activation=None if spec.activation is None else str(spec.activation),
         low_rank=spec.low_rank,
         kernel=kernel_of(module.packed(parameter), spec.activation, module.backend),
         tied_to=owner if shared else None,

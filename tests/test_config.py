@@ -222,5 +222,32 @@ def test_activation_formats() -> None:
     assert RTNConfig(activation_format="fp_e4m3fn").layer_spec("x").activation == ActivationSpec("float8_e4m3fn", 8)
 
 
+def test_asymmetric_activations() -> None:
+    overrides = {
+        "down_proj": {"activation_bits": 8},
+        "fc": {"activation_format": "float8_e4m3fn", "activation_bits": 8},
+        "out": {"activation_bits": 6},
+        "in": {"activation_bits": None},
+        "q": {"activation_symmetric": True},
+    }
+    config = RTNConfig(activation_bits=4, activation_symmetric=False, overrides=overrides)
+    specs = {name: config.layer_spec(name).activation for name in ("x", *overrides)}
+    assert specs == {
+        "x": ActivationSpec("int", 4, False),
+        "down_proj": ActivationSpec("int", 8),
+        "fc": ActivationSpec("float8_e4m3fn", 8),
+        "out": ActivationSpec("int", 6, False),
+        "in": None,
+        "q": ActivationSpec("int", 4),
+    }
+    assert RTNConfig.from_dict(config.to_dict()).layer_spec("x") == config.layer_spec("x")
+    with pytest.raises(ConfigError, match="activation_symmetric=False needs activation_bits"):
+        RTNConfig(activation_symmetric=False)
+    with pytest.raises(ConfigError, match="less their zero point they need 9 bits"):
+        RTNConfig(activation_bits=8, activation_symmetric=False)
+    with pytest.raises(ConfigError, match="activation_symmetric must be True or False"):
+        RTNConfig(activation_bits=4, activation_symmetric=None)
+
+
 def test_repr_shows_what_differs() -> None:
     assert repr(RTNConfig(seed=2, plan=PLAN)) == "RTNConfig(format='int', bits=4, group_size=128, seed=2)"

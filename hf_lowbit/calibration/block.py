@@ -17,7 +17,7 @@ from hf_lowbit.calibration.store import TensorStore
 from hf_lowbit.formats import PackedTensor
 from hf_lowbit.nn import PackedModule
 from hf_lowbit.plan import PlannedLayer, replace_module
-from hf_lowbit.rounding import round_to_nearest
+from hf_lowbit.rounding.power import round_completely
 from hf_lowbit.rounding.store import stack
 
 _S = TypeVar("_S", bound=Statistic)
@@ -181,11 +181,15 @@ class Block:
         if all(part.key in self._waiting for part in parts):
             self._replace(matrix, parts)
 
+    def note(self, key: str, line: str) -> None:
+        """Say one more thing about a matrix."""
+        self.notes[key] = f"{self.notes[key]}; {line}" if key in self.notes else line
+
     def round_to_nearest(self, key: str, reason: str) -> None:
         """Pack a matrix without calibration, and say why."""
         self.notes[key] = reason
         matrix = self.matrices[key]
-        self.pack(key, round_to_nearest(matrix.weight, matrix.spec))
+        self.pack(key, round_completely(matrix.weight, matrix.spec))
 
     @property
     def unpacked(self) -> list[str]:

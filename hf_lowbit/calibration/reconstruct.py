@@ -6,10 +6,11 @@ inputs from the quantized blocks before, targets from the float model, the mean 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ class Training:
 
     Attributes:
         iterations: steps, each on one batch of the calibration data; 0 leaves the weights as they start.
-        learning_rate: at the start; it falls linearly to zero.
+        learning_rate: at the start.
+        decay: it falls linearly to zero; False keeps it, for penalties that harden what is soft towards the end.
         optimizer: "sign": steps along the gradient's sign (SignRound); "adam".
         keep_best: where the last pass over the data lost more than an earlier one, end with the parameters that the
             best pass began with; False always ends with the last ones.
@@ -38,29 +40,51 @@ class Training:
     learning_rate: float = 0.005
     optimizer: str = "sign"
     keep_best: bool = True
+    decay: bool = True
+
+
+class Learned(Protocol):
+    """What is trained."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All of it."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """``{"params": [...], "lr_scale": float}`` for each set of parameters with its own share of the rate."""
+
+
+class Rewrite(Learned, Protocol):
+    """What is trained about the block's other parameters, beside the quantization of its weights."""
+
+    def values(self, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """Parameter name -> its values now, float32 and differentiable; ``without`` those of these names."""
 
 
 @torch.enable_grad()
-def reconstruct(block: Block, learned: Mapping[str, LearnedWeight], training: Training) -> tuple[float, float]:
+def reconstruct(
+    block: Block, learned: Mapping[str, LearnedWeight], training: Training, rewrite: Rewrite | None = None
+) -> tuple[float, float]:
     """Train learned weights in place; nothing is packed.
 
     Args:
-        learned: key of :attr:`Block.matrices` -> its learned weight. Everything else of the block stays as it is.
+        learned: key of :attr:`Block.matrices` -> its learned weight.
+        rewrite: what else of the block is trained; without it everything else stays as it is.
 
     Returns:
         Mean loss of the first and of the last tenth of the steps.
     """
-    groups = [group for weight in learned.values() for group in weight.parameter_groups()]
+    parts: list[Learned] = [*learned.values(), *([] if rewrite is None else [rewrite])]
+    groups = [group for part in parts for group in part.parameter_groups()]
     optimizer = make_optimizer(training.optimizer, groups, training.learning_rate)
     generator = torch.Generator().manual_seed(block.seed)
-    best = _Best(learned) if training.keep_best else None
+    best = _Best(parts) if training.keep_best else None
     losses: list[float] = []
     order: list[int] = []
     frozen = [p for p in block.module.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        with _quantized_inputs(block):
+        with _quantized_inputs(block, through_scale=rewrite is not None):
             for step in range(training.iterations):
                 if not order:
                     order = torch.randperm(len(block), generator=generator).tolist()
@@ -69,10 +93,10 @@ def reconstruct(block: Block, learned: Mapping[str, LearnedWeight], training: Tr
                 batch = order.pop()
                 progress = step / training.iterations
                 for group in optimizer.param_groups:
-                    group["lr"] = training.learning_rate * group["lr_scale"] * (1 - progress)
+                    group["lr"] = training.learning_rate * group["lr_scale"] * (1 - progress * training.decay)
                 for weight in learned.values():
                     weight.anneal_(progress)
-                loss = _loss(block, learned, batch)
+                loss = _loss(block, learned, rewrite, batch)
                 losses.append(loss.item())
                 if best is not None:
                     best.see(losses[-1], len(order) == 0)
@@ -91,25 +115,28 @@ def reconstruct(block: Block, learned: Mapping[str, LearnedWeight], training: Tr
     return (_mean(losses[:tenth]), _mean(losses[-tenth:])) if losses else (0.0, 0.0)
 
 
+def output_channels(block: Block) -> int:
+    """Channels of what the block returns: the loss is a mean over them, where AdaRound and BRECQ sum."""
+    target = block.target(0)
+    return target.shape[1 if target.dim() == 4 or isinstance(block.module, nn.Conv1d) else -1]
+
+
 class _Best:
     """The parameters at the beginning of the pass over the data that lost least.
 
     Whole passes are compared, because batches differ in how hard they are [ours].
     """
 
-    def __init__(self, learned: Mapping[str, LearnedWeight]) -> None:
-        self._learned = learned
+    def __init__(self, learned: Iterable[Learned]) -> None:
+        self._parameters = [parameter for part in learned for _, parameter in part.named_parameters()]
         self._least, self._sum = float("inf"), 0.0
-        self._begun: dict[str, dict[str, Tensor]] = {}
-        self._kept: dict[str, dict[str, Tensor]] = {}
+        self._begun: list[Tensor] = []
+        self._kept: list[Tensor] = []
         self._last_is_best = True
 
     def begin_pass(self) -> None:
         self._sum = 0.0
-        self._begun = {
-            key: {name: p.detach().clone() for name, p in weight.named_parameters()}
-            for key, weight in self._learned.items()
-        }
+        self._begun = [parameter.detach().clone() for parameter in self._parameters]
 
     def see(self, loss: float, ends_pass: bool) -> None:
         self._sum += loss
@@ -122,43 +149,43 @@ class _Best:
     def restore(self) -> None:
         if self._last_is_best:
             return
-        for key, kept in self._kept.items():
-            for name, parameter in self._learned[key].named_parameters():
-                parameter.copy_(kept[name])
+        for parameter, kept in zip(self._parameters, self._kept, strict=False):  # no pass was completed: nothing kept
+            parameter.copy_(kept)
 
 
-def _loss(block: Block, learned: Mapping[str, LearnedWeight], batch: int) -> Tensor:
+def _loss(block: Block, learned: Mapping[str, LearnedWeight], rewrite: Rewrite | None, batch: int) -> Tensor:
     args, kwargs = block.arguments(batch)
-    output = block.output_of(functional_call(block.module, _parameters(block, learned), args, kwargs))
+    values = _parameters(block, learned)
+    if rewrite is not None:
+        values = {**rewrite.values(without=values), **values}
+    output = block.output_of(functional_call(block.module, values, args, kwargs))
     return torch.nn.functional.mse_loss(output, block.target(batch))
 
 
 def _parameters(block: Block, learned: Mapping[str, LearnedWeight]) -> dict[str, Tensor]:
-    """Parameter name -> its simulated values in the layer's own layout."""
-    parts: dict[str, list[Tensor]] = {}
-    owners = {}
-    for key, weight in learned.items():
+    """Parameter name -> its simulated values in the layer's own layout; experts that are not learned stay float."""
+    values = {}
+    for key in learned:
         matrix = block.matrices[key]
         name = ".".join(part for part in (matrix.layer, matrix.parameter) if part)
-        parts.setdefault(name, []).append(weight())
-        owners[name] = matrix
-    return {
-        name: owners[name].skeleton.from_matrix(
-            owners[name].parameter, tensors[0] if owners[name].expert is None else torch.stack(tensors)
-        )
-        for name, tensors in parts.items()
-    }
+        if matrix.expert is None:
+            values[name] = matrix.skeleton.from_matrix(matrix.parameter, learned[key]())
+        elif name not in values:
+            stack = [m for m in block.matrices.values() if (m.layer, m.parameter) == (matrix.layer, matrix.parameter)]
+            experts = [learned[m.key]() if m.key in learned else m.weight for m in stack]
+            values[name] = matrix.skeleton.from_matrix(matrix.parameter, torch.stack(experts))
+    return values
 
 
 @contextmanager
-def _quantized_inputs(block: Block) -> Iterator[None]:
+def _quantized_inputs(block: Block, through_scale: bool) -> Iterator[None]:
     """Layers whose inputs will be quantized read them so while the block trains; gradients pass straight through."""
     handles = []
     for layer, matrix in {matrix.layer: matrix for matrix in block.matrices.values()}.items():
         spec = matrix.layer_spec.activation
         if spec is not None and matrix.skeleton.kind != "experts":
             module = block.module.get_submodule(layer)
-            handles.append(module.register_forward_pre_hook(partial(_simulate, spec=spec)))
+            handles.append(module.register_forward_pre_hook(partial(_simulate, spec=spec, through_scale=through_scale)))
     try:
         yield
     finally:
@@ -166,8 +193,10 @@ def _quantized_inputs(block: Block) -> Iterator[None]:
             handle.remove()
 
 
-def _simulate(module: nn.Module, args: tuple[Tensor, ...], spec: ActivationSpec) -> tuple[Tensor, ...]:
-    return (simulate_activation(args[0], spec), *args[1:])
+def _simulate(
+    module: nn.Module, args: tuple[Tensor, ...], spec: ActivationSpec, through_scale: bool
+) -> tuple[Tensor, ...]:
+    return (simulate_activation(args[0], spec, through_scale), *args[1:])
 
 
 def _mean(values: list[float]) -> float:

@@ -41,12 +41,22 @@ def smooth(block: Block, alpha: float) -> list[Site]:
         magnitude = input_magnitude(block, site, magnitudes)
         if magnitude is None:
             continue
-        quantized = [block.module.get_submodule(name) for name in site.consumers if keys_of(block, name)]
-        weight = torch.stack([_column_absmax(module) for module in quantized]).amax(0)
-        scale = smoothing_scale(magnitude.maximum, weight, alpha)
+        scale = balancing_scale(block, site, magnitude, alpha)
         fold_site(block.module, site, storable_scale(block.module, site, scale))
         folded.append(site)
     return folded
+
+
+@torch.no_grad()
+def balancing_scale(block: Block, site: Site, magnitude: Magnitude, alpha: float) -> Tensor:
+    """SmoothQuant's scale for a site (arXiv 2211.10438, equation 4), float32 ``[site.channels]``.
+
+    Of a head that several others read the largest values over all of them count.
+    """
+    quantized = [block.module.get_submodule(name) for name in site.consumers if keys_of(block, name)]
+    weight = torch.stack([_column_absmax(module) for module in quantized]).amax(0)
+    inputs, weights = (gather_repeats(x, site.repeat, site.head_dim).amax(0) for x in (magnitude.maximum, weight))
+    return smoothing_scale(inputs, weights, alpha)
 
 
 @torch.no_grad()

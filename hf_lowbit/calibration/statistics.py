@@ -85,3 +85,29 @@ class Magnitude:
     def maximum(self) -> Tensor:
         """Largest |x|."""
         return self._largest
+
+
+class Extremes:
+    """Least and largest x of every channel, float32 ``[channels]`` (OmniQuant's shifts)."""
+
+    def __init__(self, channels: int, device: torch.device | None = None) -> None:
+        self.tokens = 0
+        self.most = torch.full((channels,), -torch.inf, device=device)
+        self._below = torch.full((channels,), -torch.inf, device=device)  # -least: of processes the largest counts
+
+    def update(self, x: Tensor) -> None:
+        self.tokens += x.shape[0]
+        if x.shape[0]:
+            self.most = torch.maximum(self.most, x.amax(0))
+            self._below = torch.maximum(self._below, -x.amin(0))
+
+    def summed(self) -> list[Tensor]:
+        return []
+
+    def largest(self) -> list[Tensor]:
+        return [self.most, self._below]
+
+    @property
+    def least(self) -> Tensor:
+        """Smallest x."""
+        return -self._below

@@ -21,7 +21,7 @@ from hf_lowbit.calibration.store import TensorStore
 from hf_lowbit.calibration.units import Unit, advance, find_units, tables_of, weight_of, without_cache
 from hf_lowbit.nn import KINDS, LayerSpec
 from hf_lowbit.plan import PlannedLayer, packed_modules, replace_module
-from hf_lowbit.rounding import round_to_nearest
+from hf_lowbit.rounding.power import round_completely
 
 logger = logging.getLogger("hf_lowbit")
 
@@ -111,7 +111,7 @@ class Walk:
         module = KINDS[layer.kind].from_float(self.model.get_submodule(name), layer.spec)
         for parameter in module.packed_parameters:
             weight = getattr(module, parameter)
-            packed = round_to_nearest(module.to_matrix(parameter, weight), module.layer_spec.weight)
+            packed = round_completely(module.to_matrix(parameter, weight), module.layer_spec.weight)
             self.walked.parameters[f"{name}.{parameter}"] = self.pack(module, parameter, weight, packed, name)
             self.walked.notes[f"{name}.{parameter}"] = reason
         replace_module(self.model, name, module)

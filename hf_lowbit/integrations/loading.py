@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from hf_lowbit.config import ConfigError, LowbitConfig
 from hf_lowbit.integrations import transformers as transformers_adapter
+from hf_lowbit.integrations.compat import transformers as compat
 from hf_lowbit.integrations.origin import name_or_path
 from hf_lowbit.integrations.saving import attach_saving
 from hf_lowbit.plan import ModelFacts
@@ -77,6 +79,11 @@ def model_facts(model: nn.Module, shared: tuple[frozenset[str], ...]) -> ModelFa
 
         return replace(diffusers_adapter.facts_of(model), tied=shared)
     return ModelFacts(tied=shared)
+
+
+def forget_ties(model: nn.Module) -> Callable[[], None]:
+    """Have a model saved and loaded with weights apart that are shared no more; returns what undoes it."""
+    return compat.forget_ties(model) if _is_transformers(model) else lambda: None
 
 
 def adopt(model: nn.Module, config: LowbitConfig) -> None:

@@ -30,7 +30,9 @@ from hf_lowbit.tensorwise import Outcome, QuantizationError, quantize_parameter
 
 logger = logging.getLogger("hf_lowbit")
 
-_COMPANIONS = ("", "_scale", "_zero_point", "_table", "_low_rank_a", "_low_rank_b")
+_COMPANIONS = (
+    "", "_scale", "_scale_range", "_zero_point", "_zero_point_range", "_table", "_low_rank_a", "_low_rank_b"
+)  # fmt: skip
 
 
 class LowbitHfQuantizer(compat.HfQuantizer):

@@ -22,9 +22,12 @@ class GPTQConfig(LowbitConfig):
             has an unweighted search, off by default].
         true_sequential: collect the inputs of later layers of a block again once the earlier ones are quantized.
         block_size: columns between two updates of all later ones; it changes speed, not the result.
+        rotate: rotate the residual stream of the model first by a random Hadamard matrix, exactly (QuaRot, arXiv
+            2404.00456): fewer outliers among the weights. A tied output head becomes a tensor of its own.
     """
 
     quant_method: ClassVar[MethodName] = MethodName("lowbit_gptq")  # type: ignore[misc]
+    codes_scales: ClassVar[bool] = True
 
     group_size: GroupSize = 128
     damping: float = 0.01
@@ -33,6 +36,7 @@ class GPTQConfig(LowbitConfig):
     search_clip: bool = False
     true_sequential: bool = False
     block_size: int = 128
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +44,7 @@ class GPTQConfig(LowbitConfig):
             raise ConfigError(f"GPTQConfig: damping must lie above 0 and not above 10, not {self.damping!r}")
         if type(self.block_size) is not int or self.block_size < 1:
             raise ConfigError(f"GPTQConfig: block_size must be a positive integer, not {self.block_size!r}")
-        for name in ("act_order", "static_groups", "search_clip", "true_sequential"):
+        for name in ("act_order", "static_groups", "search_clip", "true_sequential", "rotate"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"GPTQConfig: {name} must be True or False, not {getattr(self, name)!r}")
         if self.act_order and not self.static_groups:

@@ -1,4 +1,4 @@
-"""OmniQuant: clipping ranges learned block by block."""
+"""OmniQuant: clipping ranges, and for quantized inputs equivalent transformations, learned block by block."""
 
 from hf_lowbit.method import Method
 from hf_lowbit_omniquant.config import OmniQuantConfig
@@ -7,7 +7,7 @@ METHOD = Method(
     name="omniquant",
     config_class=OmniQuantConfig,
     recipe="hf_lowbit_omniquant.recipe:make_recipe",
-    summary="learned clipping ranges, trained block by block: hours on a CPU; for 3 and 2 bits",
+    summary="clipping ranges, and scales for quantized inputs, learned block by block: hours on a CPU; for few bits",
     paper="OmniQuant: Omnidirectionally Calibrated Quantization for Large Language Models (arXiv 2308.13137)",
     needs_data=True,
 )

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hf_lowbit.calibration.block import Block
+from hf_lowbit.calibration.norms import norm_parameters
 from hf_lowbit.calibration.reassembling import quantized_inputs
 from hf_lowbit.formats import WeightSpec
 from hf_lowbit.nn import PackedLinear
 from hf_lowbit.rounding.clip import fit_range
 from hf_lowbit.rounding.grid import nearest_values
 from hf_lowbit.rounding.store import format_for, to_groups
-from hf_lowbit.transforms.fold import is_norm
 from hf_lowbit_qllm.config import QLLMConfig
 
 logger = logging.getLogger("hf_lowbit")
@@ -43,7 +43,7 @@ class Correction(nn.Module):
         pairs = [_factors(layer, config.lora_rank, generator) for layer in self.layers.values()]
         self.a = nn.ParameterList([a for a, _ in pairs])
         self.b = nn.ParameterList([b for _, b in pairs])
-        norms = _norm_parameters(block.module) if config.train_norms else {}
+        norms = norm_parameters(block.module) if config.train_norms else {}
         self.norm_names = list(norms)
         self.norms = nn.ParameterList([parameter.detach().clone() for parameter in norms.values()])
 
@@ -119,15 +119,6 @@ def _loss(block: Block, correction: Correction, batch: int) -> Tensor:
 @torch.no_grad()
 def _mean_loss(block: Block, correction: Correction) -> float:
     return sum(_loss(block, correction, batch).item() for batch in range(len(block))) / len(block)
-
-
-def _norm_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Name -> weights and biases of all norms; of what several share, once.
-
-    Not of group norms: with channels last and an input that needs no gradient, theirs crash torch 2.13.
-    """
-    owners = {n for n, part in module.named_modules() if is_norm(part) and not isinstance(part, nn.GroupNorm)}
-    return {name: p for name, p in module.named_parameters() if name.rpartition(".")[0] in owners and p.dim() == 1}
 
 
 def _factors(layer: PackedLinear, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,8 @@ class SignRoundConfig(LowbitConfig):
             in the paper.
         reach: how far a shift may go, in steps. The paper has 0.5, which keeps each code beside its weight; GPTQ's
             codes may lie further away, and need 1 [ours].
+        rotate: rotate the residual stream of the model first by a random Hadamard matrix, exactly (QuaRot, arXiv
+            2404.00456): fewer outliers among the weights. A tied output head becomes a tensor of its own.
     """
 
     quant_method: ClassVar[MethodName] = MethodName("lowbit_signround")  # type: ignore[misc]
@@ -35,6 +37,7 @@ class SignRoundConfig(LowbitConfig):
     optimizer: str = "sign"
     start: str = "gptq"
     reach: float = 1.0
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +47,8 @@ class SignRoundConfig(LowbitConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not value > 0):
                 raise ConfigError(f"SignRoundConfig: {name} must be a positive number, not {value!r}")
+        if type(self.rotate) is not bool:
+            raise ConfigError(f"SignRoundConfig: rotate must be True or False, not {self.rotate!r}")
         if self.reach is None:
             raise ConfigError("SignRoundConfig: reach must be a positive number, not None")
         for name, allowed in (("optimizer", OPTIMIZERS), ("start", _STARTS)):

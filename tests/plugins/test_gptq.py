@@ -76,13 +76,13 @@ def test_the_order_of_columns_changes_codes_not_scales() -> None:
 def test_later_layers_read_what_quantized_earlier_ones_hand_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """true_sequential: q, k and v, then o, then gate and up, then down; each group sees those before it packed."""
     seen: list[tuple[list[str], list[str]]] = []
-    hessians = Block.hessians
+    collect = Block.collect
 
-    def spy(self: Block, keys: Any = None) -> Any:
+    def spy(self: Block, make: Any, keys: Any = None) -> Any:
         seen.append((sorted(keys), sorted(packed_modules(self.module))))
-        return hessians(self, keys)
+        return collect(self, make, keys)
 
-    monkeypatch.setattr(Block, "hessians", spy)
+    monkeypatch.setattr(Block, "collect", spy)
     sequential = values_of(quantized(outlier_llama(), GPTQConfig(**W3, true_sequential=True)))
     groups = [
         ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"],

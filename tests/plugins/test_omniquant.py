@@ -1,8 +1,10 @@
-"""OmniQuant: the numbered tests of its method page that concern learned clipping, on a tiny Llama."""
+"""OmniQuant: the numbered tests of its method page, on a tiny Llama; the transformation alone is in
+tests/calibration/test_equivalent.py."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +20,14 @@ from hf_lowbit.formats.packed import scales
 from hf_lowbit.plan import packed_modules
 from hf_lowbit.rounding.learned import LearnedClipping
 from hf_lowbit_omniquant.recipe import first_logit
+from tests.matrix.models import MODELS, fingerprint
 from tests.plugins.outliers import (
     IDLE,
     logit_error,
     one_token,
     outlier_llama,
     quantized,
+    relative,
     tiny_moe,
     values_of,
 )
@@ -58,7 +62,8 @@ def test_infinite_logits_round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> No
 def test_training_moves_the_ranges_alone_and_lowers_every_blocks_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = []
 
-    def spy(block: Block, learned: dict[str, LearnedClipping], training: Any) -> Any:
+    def spy(block: Block, learned: dict[str, LearnedClipping], training: Any, transformation: Any) -> Any:
+        assert transformation is None
         assert training.iterations == 20 * len(block) == 80 and training.optimizer == "adam"
         before = copy.deepcopy(block.module.state_dict())
         first, last = reconstruct(block, learned, training)
@@ -97,6 +102,54 @@ def test_quantized_inputs_are_seen_in_training() -> None:
     ours = logit_error(quantized(outlier_llama(), OmniQuantConfig(**values, **FAST)), reference)
     rtn = logit_error(nearest(**values), reference)
     assert ours < 0.9 * rtn
+
+
+W4A4: dict[str, Any] = {"bits": 4, "group_size": None, "activation_bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("values", "learned"),
+    [({}, False), ({"let": True}, True), ({"activation_bits": 8}, True), ({"activation_bits": 8, "let": False}, False)],
+)
+def test_the_transformation_is_learned_where_inputs_are_quantized(
+    values: dict[str, Any], learned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def spy(block: Block, weights: dict[str, LearnedClipping], training: Any, transformation: Any) -> Any:
+        found.append(transformation is not None)
+        return reconstruct(block, weights, training, transformation)
+
+    monkeypatch.setattr(hf_lowbit_omniquant.recipe, "reconstruct", spy)
+    quantized(outlier_llama(), OmniQuantConfig(bits=4, group_size=32, epochs=1, **values))
+    assert found == [learned, learned]
+
+
+def test_the_transformation_makes_the_most_of_quantized_inputs() -> None:
+    """Learned, it beats clipping alone, and SmoothQuant's scale, which is where learning starts."""
+    reference = outlier_llama()
+    start = logit_error(quantized(outlier_llama(), OmniQuantConfig(epochs=0, **W4A4)), reference)
+    learned = logit_error(
+        quantized(outlier_llama(), OmniQuantConfig(**W4A4, **FAST, let_learning_rate=0.02)), reference
+    )
+    clipped = logit_error(quantized(outlier_llama(), OmniQuantConfig(let=False, **W4A4, **FAST)), reference)
+    assert learned < 0.9 * start and learned < 0.9 * clipped
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "whisper", "qwen3_moe", "mamba"])
+def test_transformed_models_reload_bit_equal(name: str, tmp_path: Path) -> None:
+    """Norms with biases, transposed weights, cross-attention and experts."""
+    tiny = MODELS[name]
+    model = tiny.load(tiny.create(tmp_path / "float"))
+    expected = tiny.run(model)
+    inputs = {key: torch.atleast_1d(torch.as_tensor(value)) for key, value in tiny.inputs(torch.float32).items()}
+    data = {"dataset": [inputs] * 2, "num_samples": 2}
+    hf_lowbit.quantize(model, OmniQuantConfig(bits=8, group_size=None, activation_bits=8, epochs=1, **data))
+    assert relative(tiny.run(model), expected) < 0.1
+    model.save_pretrained(tmp_path / "packed")
+    reloaded = tiny.load(tmp_path / "packed")
+    assert fingerprint(reloaded) == fingerprint(model)
+    assert torch.equal(tiny.run(reloaded), tiny.run(model))
 
 
 @pytest.mark.parametrize("values", [{"format": "nf", "bits": 3}, {"format": "fp_e2m1"}, {"format": "ternary"}])
@@ -139,6 +192,8 @@ def test_what_has_no_inputs_is_noted_once() -> None:
         ({"learning_rate": 0}, "learning_rate must be a number above 0, not 0"),
         ({"learning_rate": float("inf")}, "learning_rate must be a number above 0, not inf"),
         ({"learning_rate": "1e-2"}, "learning_rate must be a number above 0, not '1e-2'"),
+        ({"let_learning_rate": -1.0}, "let_learning_rate must be a number above 0, not -1.0"),
+        ({"let": "yes"}, "let must be True, False or None, not 'yes'"),
     ],
 )
 def test_refusals(values: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ __all__ = [
     "ConversionOps",
     "HfQuantizer",
     "base_model_prefix",
+    "forget_ties",
     "keep_in_fp32",
     "mark_initialized",
     "mark_quantized",
@@ -38,6 +40,30 @@ def tie_companions(model: nn.Module, target: str, source: str) -> None:
     """Make transformers tie one more pair of parameters, and leave the first out of saved files."""
     keys: Any = model.all_tied_weights_keys
     keys[target] = source
+
+
+def forget_ties(model: nn.Module) -> Callable[[], None]:
+    """Make transformers save and load apart what shares no weight any more; returns what undoes it."""
+    keys: Any = getattr(model, "all_tied_weights_keys", None)
+    if not keys:
+        return lambda: None
+    before = dict(keys)
+    for target, source in before.items():
+        one, other = (model.get_submodule(name.rpartition(".")[0]) for name in (target, source))
+        if getattr(one, "weight", None) is not getattr(other, "weight", None):
+            del keys[target]
+    config: Any = model.config
+    configs = [c for c in {id(c): c for c in (config, config.get_text_config())}.values() if len(keys) < len(before)]
+    tied = [(c, c.tie_word_embeddings) for c in configs if hasattr(c, "tie_word_embeddings")]
+    for c, _ in tied:
+        c.tie_word_embeddings = False
+
+    def undo() -> None:
+        keys.update(before)
+        for c, value in tied:
+            c.tie_word_embeddings = value
+
+    return undo
 
 
 def keep_in_fp32(model: nn.Module) -> tuple[str, ...]:

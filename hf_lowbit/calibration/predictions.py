@@ -1,0 +1,108 @@
+"""What a float model predicts, kept so that its quantized self can be compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten
+
+from hf_lowbit.calibration.store import TensorStore
+from hf_lowbit.calibration.units import Batch
+
+
+class Piece(NamedTuple):
+    """Some samples of a batch."""
+
+    batch: int
+    samples: slice
+
+
+class Predictions:
+    """A float model's predictions on batches, and how far those of the same model, now quantized, are from them.
+
+    A model with an output head is compared by KL(float || quantized) of the head's distributions, in nats per token;
+    what is kept is the head's input, which is far smaller, and the float head. Another model is compared by the mean
+    squared error of its first floating output, relative to that output's mean square.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], store: TensorStore) -> None:
+        """Args:
+        model: float. Its head's values must not be changed in place afterwards.
+        batches: keyword arguments of its forward, on its device.
+        store: where its predictions are kept.
+        """
+        self._batches, self._store = list(batches), store
+        head = _head_of(model)
+        self._head = None if head is None else [p.data for p in (head.weight, head.bias) if isinstance(p, Tensor)]
+        self._kept, self._sizes = [], []
+        for batch in self._batches:
+            with torch.no_grad(), _calls(head) as calls:
+                output = model(**batch)
+            prediction = _first_float(output) if head is None else calls[-1][0]
+            self._kept.append(store.put(prediction))
+            self._sizes.append(len(prediction))
+
+    def pieces(self, samples: int) -> list[Piece]:
+        """All batches, in pieces of at most that many samples."""
+        return [
+            Piece(batch, slice(start, min(start + samples, size)))
+            for batch, size in enumerate(self._sizes)
+            for start in range(0, size, samples)
+        ]
+
+    def loss(self, model: nn.Module, piece: Piece) -> Tensor:
+        """How far the model's predictions are, mean over the piece's tokens (those that its mask leaves)."""
+        batch = self._cut(piece)
+        head = None if self._head is None else _head_of(model)
+        with _calls(head) as calls:
+            output = model(**batch)
+        kept = self._store.get(self._kept[piece.batch])[piece.samples]
+        if self._head is None:
+            mine = _first_float(output).float()
+            expected = kept.to(mine.device, torch.float32)
+            return F.mse_loss(mine, expected) / expected.square().mean()
+        logits = calls[-1][1].float()
+        expected = F.linear(kept.to(logits.device, torch.float32), *(part.float() for part in self._head))
+        divergence = F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True)
+        per_token, mask = divergence.sum(-1), batch.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == per_token.shape:
+            return (per_token * mask).sum() / mask.sum().clamp(min=1)
+        return per_token.mean()
+
+    def _cut(self, piece: Piece) -> Batch:
+        size = self._sizes[piece.batch]
+        return {
+            key: value[piece.samples] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+            for key, value in self._batches[piece.batch].items()
+        }
+
+
+def _head_of(model: nn.Module) -> Any:
+    """The output head, if there is a linear one."""
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = None if get is None else get()
+    return head if isinstance(head, nn.Linear) else None
+
+
+@contextmanager
+def _calls(module: nn.Module | None) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """(input, output) of each call of a module within the context."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    if module is None:
+        yield calls
+        return
+    handle = module.register_forward_hook(lambda m, args, output: calls.append((args[0], output)))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _first_float(output: Any) -> Tensor:
+    leaves = tree_flatten(output if isinstance(output, Tensor | tuple) else dict(output))[0]
+    return next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
