@@ -79,7 +79,7 @@ def test_later_layers_read_what_quantized_earlier_ones_hand_on(monkeypatch: pyte
     collect = Block.collect
 
     def spy(self: Block, make: Any, keys: Any = None) -> Any:
-        seen.append((sorted(keys), sorted(packed_modules(self.module))))
+        seen.append((sorted(keys or ()), sorted(packed_modules(self.module))))
         return collect(self, make, keys)
 
     monkeypatch.setattr(Block, "collect", spy)
