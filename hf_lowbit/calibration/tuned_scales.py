@@ -63,6 +63,8 @@ class _Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         activation = self._layer.layer_spec.activation
+        if torch.is_autocast_enabled(x.device.type):  # it does not reach custom functions
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         read = x if activation is None else simulate_activation(x, activation)
         product: Tensor = _TunedProduct.apply(read, self._log, self._layer.packed(), self._layer.backend)
         return product
@@ -85,7 +87,7 @@ class _TunedProduct(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight = decode_matrix(ctx.packed, x.dtype, ctx.backend)
         flat = gradients[0].reshape(-1, weight.shape[0])
-        by_weight = (flat.t() @ x.reshape(-1, x.shape[-1])).mul_(weight)
+        by_weight = (flat.t() @ x.reshape(-1, x.shape[-1])).float().mul_(weight)
         rows, groups = ctx.shape
         by_log = by_weight.reshape(len(weight), groups, -1).sum(-1)
         return gradients[0] @ weight, by_log if rows > 1 else by_log.sum(0, keepdim=True), None, None

@@ -21,6 +21,7 @@ from hf_lowbit.calibration.norms import norm_parameters
 from hf_lowbit.calibration.parallel import processes
 from hf_lowbit.calibration.predictions import Piece, Predictions
 from hf_lowbit.calibration.tuned_scales import TunedScales
+from hf_lowbit.kernels.routes import has_bfloat16_units
 
 logger = logging.getLogger("hf_lowbit")
 
@@ -46,7 +47,7 @@ class Tuned:
 def tune(
     model: nn.Module, predictions: Predictions, *, epochs: int, learning_rate: float, samples: int, seed: int = 0
 ) -> Tuned:
-    """Train a packed model in place with Adam; it computes in float32 meanwhile.
+    """Train a packed model in place with Adam; meanwhile it is float32, and its products bfloat16 where that is faster.
 
     Args:
         model: all its planned layers packed, in evaluation mode.
@@ -65,7 +66,7 @@ def tune(
         scales, norms = TunedScales(model), list(norm_parameters(model).values())
         originals = [norm.detach().clone() for norm in norms]
         judged = pieces[:: max(1, len(pieces) // _JUDGED)]
-        with scales.applied():
+        with scales.applied(), _fast_arithmetic(model):
             before = _mean_loss(model, predictions, judged)
             with _alone(model, norms):
                 _train(model, predictions, pieces, scales, norms, epochs, learning_rate, seed)
@@ -115,6 +116,11 @@ def _train(
             losses.append(loss.item())
             step += 1
         logger.info("tuning, pass %d of %d: loss %.4g", epoch + 1, epochs, sum(losses) / len(losses))
+
+
+def _fast_arithmetic(model: nn.Module) -> torch.autocast:
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16_units(device))
 
 
 def _as_many(pieces: list[Piece]) -> list[Piece]:
