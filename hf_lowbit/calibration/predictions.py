@@ -15,11 +15,44 @@ from hf_lowbit.calibration.store import TensorStore
 from hf_lowbit.calibration.units import Batch
 
 
+_CHUNK_TOKENS = 64
+
+
 class Piece(NamedTuple):
     """Some samples of a batch."""
 
     batch: int
     samples: slice
+
+
+class _Divergence(torch.autograd.Function):
+    """Sum over tokens of weight * KL(head(kept) || logits), float32; its gradient is found on the way.
+
+    In chunks of tokens: a large vocabulary's probabilities take more memory than the rest of a small model.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, kept: Tensor, weights: Tensor, head: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        flat, read, shares = logits.flatten(0, -2), kept.flatten(0, -2), weights.flatten()
+        gradient = torch.empty_like(flat)
+        loss = torch.zeros((), device=logits.device)
+        for start in range(0, len(flat), _CHUNK_TOKENS):
+            part = slice(start, start + _CHUNK_TOKENS)
+            dtype = head.dtype if torch.is_autocast_enabled(head.device.type) else torch.float32
+            expected = F.linear(read[part].to(dtype), head.to(dtype), None if bias is None else bias.to(dtype))
+            right, mine = (each.float().log_softmax(-1) for each in (expected, flat[part]))
+            share, probability = shares[part, None], right.exp()
+            loss += (probability * (right - mine) * share).sum()
+            gradient[part] = (mine.exp_() - probability) * share
+        ctx.save_for_backward(gradient.reshape(logits.shape))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None, None, None, None
 
 
 class Predictions:
@@ -66,13 +99,13 @@ class Predictions:
             mine = _first_float(output).float()
             expected = kept.to(mine.device, torch.float32)
             return F.mse_loss(mine, expected) / expected.square().mean()
-        logits = calls[-1][1].float()
-        expected = F.linear(kept.to(logits.device, torch.float32), *(part.float() for part in self._head))
-        divergence = F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True)
-        per_token, mask = divergence.sum(-1), batch.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape == per_token.shape:
-            return (per_token * mask).sum() / mask.sum().clamp(min=1)
-        return per_token.mean()
+        logits = calls[-1][1]
+        mask = batch.get("attention_mask")
+        counts = isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]
+        weights = mask.float() if counts else torch.ones(logits.shape[:-1], device=logits.device)
+        weights = weights / weights.sum().clamp(min=1)
+        loss: Tensor = _Divergence.apply(logits, kept.to(logits.device), weights, *self._head)
+        return loss
 
     def _cut(self, piece: Piece) -> Batch:
         size = self._sizes[piece.batch]

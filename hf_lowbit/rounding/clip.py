@@ -45,8 +45,12 @@ def fit_range(grouped: Tensor, spec: WeightSpec, number_format: NumberFormat, im
 def fit_clipped(
     grouped: Tensor, spec: WeightSpec, number_format: NumberFormat, importance: Tensor | None = None
 ) -> Grid:
-    """The grid of the best clipped range of each group: :func:`search_grid` with its defaults."""
-    return search_grid(grouped, spec, number_format, importance)
+    """The grid of the best clipped range of each group: :func:`search_grid`, of tables with half as many candidates.
+
+    Looking values up takes several times as long as rounding them.
+    """
+    candidates = CANDIDATES if number_format.is_integer_grid else CANDIDATES[1::2]
+    return search_grid(grouped, spec, number_format, importance, candidates)
 
 
 def search_grid(

@@ -109,7 +109,7 @@ def nearest_values(units: Tensor, number_format: NumberFormat) -> Tensor:
     """The table value nearest to each weight in table units: that of the code :meth:`NumberFormat.encode` picks."""
     if number_format.is_integer_grid:  # no detour over codes
         return units.round().clamp_(number_format.table[0].item(), number_format.table[-1].item())
-    return number_format.decode(number_format.encode(units))
+    return number_format.nearest(units)
 
 
 def nonzero(scale: Tensor) -> Tensor:

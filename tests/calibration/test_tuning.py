@@ -84,6 +84,26 @@ def test_tuned_scales_compute_what_they_store() -> None:
     assert not torch.allclose(before, simulated, rtol=1e-3)
 
 
+def test_the_loss_is_the_divergence_of_what_the_mask_leaves() -> None:
+    """Against torch's own, with its gradient."""
+    model, other = llama(), llama(1)
+    mask = torch.ones_like(data())
+    mask[:, -5:] = 0
+    batch = {"input_ids": data(), "attention_mask": mask}
+    with TensorStore() as store:
+        predictions = Predictions(model, [batch], store)
+        (piece,) = predictions.pieces(12)
+        loss = predictions.loss(other, piece)
+    with torch.no_grad():
+        expected = model(**batch).logits.log_softmax(-1)
+    logits = other(**batch).logits
+    by_hand = F.kl_div(logits.log_softmax(-1), expected, reduction="none", log_target=True).sum(-1)
+    by_hand = by_hand[mask.bool()].mean()
+    torch.testing.assert_close(loss, by_hand)
+    weight = other.model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(*(torch.autograd.grad(each, weight)[0] for each in (loss, by_hand)))
+
+
 def test_it_comes_closer_to_the_float_model_and_keeps_the_codes() -> None:
     model = llama()
     plain = hf_lowbit.quantize(copy.deepcopy(model), config(tuning=None))
