@@ -46,6 +46,7 @@ VARIANTS = {
         Variant("signround", "signround", {"iterations": 200}),
         Variant("auto", "auto"),
         Variant("auto-int", "auto", {"formats": ["int"]}),
+        Variant("auto-3.25", "auto", {"bits_per_weight": 3.25}),
         Variant("auto-best", "auto", {"effort": "best"}),
         Variant("autoround", "peer:autoround", {"iterations": 200}),
         Variant("autoround-50", "peer:autoround", {"iterations": 50}),
