@@ -45,6 +45,7 @@ VARIANTS = {
         Variant("signround-50", "signround", {"iterations": 50}),
         Variant("signround", "signround", {"iterations": 200}),
         Variant("auto", "auto"),
+        Variant("auto-tuned-4", "auto", {"tuning": {"epochs": 4}}),
         Variant("auto-int", "auto", {"formats": ["int"]}),
         Variant("auto-3.25", "auto", {"bits_per_weight": 3.25}),
         Variant("auto-best", "auto", {"effort": "best"}),

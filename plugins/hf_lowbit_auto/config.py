@@ -37,10 +37,10 @@ class AutoLowbitConfig(LowbitConfig):
     rotate: bool | None = None
     formats: list[str] = field(default_factory=lambda: list(_FORMATS))
     candidates: list[int] = field(default_factory=lambda: [2, 3, 4, 8])
-    tuning: TuningConfig | None = field(default_factory=lambda: TuningConfig(epochs=4))
+    tuning: TuningConfig | None = field(default_factory=TuningConfig)
 
     def __post_init__(self) -> None:
-        if self.low_rank is not None and self.tuning == TuningConfig(epochs=4):
+        if self.low_rank is not None and self.tuning == TuningConfig():
             keep = self.low_rank.get("keep") if isinstance(self.low_rank, dict) else getattr(self.low_rank, "keep", "")
             self.tuning = None if keep == "adapter" else self.tuning  # it would train without the adapter
         super().__post_init__()
