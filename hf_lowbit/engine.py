@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.calibration.block import PackedParameter
-from hf_lowbit.calibration.checkpoint import Checkpoint, fingerprint_of
+from hf_lowbit.calibration.checkpoint import Checkpoint, fingerprint_of, unshared
 from hf_lowbit.calibration.data import CalibrationData, prepare_data
 from hf_lowbit.calibration.parallel import processes, rank, share, wait_for_all
 from hf_lowbit.calibration.peak import predict_peak
@@ -86,6 +86,7 @@ def _calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run,
         return pack_parameter(module, parameter, weight, packed, where, adapter_rank)
 
     with ExitStack() as undo, TensorStore(limit, checkpoint.folder.parent) as store:
+        undo.callback(checkpoint.leave)
         if run.undo:
             undo.callback(_snapshot(model, plan))
         predictions = _predictions(model, config, data, store)
@@ -165,10 +166,12 @@ def _checkpoint(model: nn.Module, config: LowbitConfig, data: CalibrationData, r
         "versions": library_versions(),
     }
     fingerprint = fingerprint_of(model.state_dict().items(), facts)
-    folder = run.folder or cache_home().parent / "resume" / fingerprint[:24]
+    folder, lock = run.folder or cache_home().parent / "resume" / fingerprint[:24], None
+    if run.folder is None and processes() == 1:
+        folder, lock = unshared(folder)
     if rank() != 0:
         wait_for_all()  # the first process begins the folder, and it alone may discard one
-    checkpoint = Checkpoint(folder, fingerprint, run.resume or rank() != 0)
+    checkpoint = Checkpoint(folder, fingerprint, run.resume or rank() != 0, lock)
     if rank() == 0:
         wait_for_all()
     if checkpoint.finished:

@@ -7,7 +7,7 @@ import torch
 
 from tests.hub.fixture import hub  # noqa: F401  # a fixture, found here by its name
 
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # several processes, each with its share of the cores
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # processes, each with its share of the cores
     threads = max(1, (os.cpu_count() or 1) // workers)
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
@@ -19,6 +19,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With ``--dist loadgroup``, what shares fixtures runs in one process: a file, or a method's part of the matrix."""
     for item in items:

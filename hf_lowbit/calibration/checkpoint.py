@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,14 +30,16 @@ class Checkpoint:
         folder: of this run; deleted by :meth:`finish`.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, resume: bool = True) -> None:
+    def __init__(self, folder: Path, fingerprint: str, resume: bool = True, lock: FileLock | None = None) -> None:
         """Open a folder, or begin one.
+
+        ``lock`` is that of :func:`unshared`, released by :meth:`finish` or :meth:`leave`.
 
         Raises:
             ResumeError: it holds files of something else, another run's blocks while ``resume`` is on, or cannot be
                 written.
         """
-        self.folder, self._fingerprint = folder, fingerprint
+        self.folder, self._fingerprint, self._lock = folder, fingerprint, lock
         manifest = folder / MANIFEST
         if folder.exists():
             if not folder.is_dir() or (any(folder.iterdir()) and not manifest.is_file()):
@@ -84,9 +87,30 @@ class Checkpoint:
     def finish(self) -> None:
         """Delete the folder: the result is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+        self.leave()
+
+    def leave(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     def _path(self, block: str) -> Path:
         return self.folder / f"{hashlib.sha256(block.encode()).hexdigest()[:20]}.safetensors"
+
+
+def unshared(folder: Path) -> tuple[Path, FileLock | None]:
+    """The folder with a lock on it; while another process works on the same run, one of this process' own instead."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        return folder.with_name(f"{folder.name}-{os.getpid()}"), None
+    except OSError:  # Checkpoint says why the folder cannot be written
+        return folder, None
+    return folder, lock
 
 
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]], facts: Mapping[str, Any]) -> str:

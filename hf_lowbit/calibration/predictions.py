@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_flatten
 from hf_lowbit.calibration.store import TensorStore
 from hf_lowbit.calibration.units import Batch
 
-
 _CHUNK_TOKENS = 64
 
 
@@ -41,7 +40,8 @@ class _Divergence(torch.autograd.Function):
         for start in range(0, len(flat), _CHUNK_TOKENS):
             part = slice(start, start + _CHUNK_TOKENS)
             dtype = head.dtype if torch.is_autocast_enabled(head.device.type) else torch.float32
-            expected = F.linear(read[part].to(dtype), head.to(dtype), None if bias is None else bias.to(dtype))
+            shift = None if bias is None else bias.to(dtype)
+            expected = F.linear(read[part].to(dtype), head.to(dtype), shift)
             right, mine = (each.float().log_softmax(-1) for each in (expected, flat[part]))
             share, probability = shares[part, None], right.exp()
             loss += (probability * (right - mine) * share).sum()
@@ -97,12 +97,12 @@ class Predictions:
         kept = self._store.get(self._kept[piece.batch])[piece.samples]
         if self._head is None:
             mine = _first_float(output).float()
-            expected = kept.to(mine.device, torch.float32)
+            expected: Tensor = kept.to(mine.device, torch.float32)
             return F.mse_loss(mine, expected) / expected.square().mean()
         logits = calls[-1][1]
-        mask = batch.get("attention_mask")
-        counts = isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]
-        weights = mask.float() if counts else torch.ones(logits.shape[:-1], device=logits.device)
+        weights, mask = torch.ones(logits.shape[:-1], device=logits.device), batch.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == weights.shape:
+            weights = mask.float()
         weights = weights / weights.sum().clamp(min=1)
         loss: Tensor = _Divergence.apply(logits, kept.to(logits.device), weights, *self._head)
         return loss

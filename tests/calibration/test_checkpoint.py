@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_lowbit.calibration.checkpoint import Checkpoint, ResumeError, fingerprint_of
+from hf_lowbit.calibration.checkpoint import Checkpoint, ResumeError, fingerprint_of, unshared
 
 
 def test_blocks_come_back_as_they_were(tmp_path: Path) -> None:
@@ -61,3 +61,19 @@ def test_the_fingerprint_sees_every_bit() -> None:
     assert one == fingerprint_of(tensors.items(), {"bits": 4})
     assert one != fingerprint_of(tensors.items(), {"bits": 3})
     assert one != fingerprint_of({**tensors, "w": torch.tensor([0.0, -0.0, 0.0])}.items(), {"bits": 4})
+
+
+def test_two_equal_runs_at_once_have_a_folder_each(tmp_path: Path) -> None:
+    folder, lock = unshared(tmp_path / "resume" / "run")
+    first = Checkpoint(folder, "one", lock=lock)
+    own, none = unshared(tmp_path / "resume" / "run")
+    second = Checkpoint(own, "one", lock=none)
+    assert folder == tmp_path / "resume" / "run" and own != folder and none is None
+    first.save("block", {"a": torch.ones(2)}, {})
+    first.finish()
+    second.save("block", {"a": torch.ones(2)}, {})
+    second.finish()
+    assert not list((tmp_path / "resume").iterdir())
+    again, lock = unshared(tmp_path / "resume" / "run")
+    assert again == folder and lock is not None
+    lock.release()
