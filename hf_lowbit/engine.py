@@ -19,6 +19,7 @@ from hf_lowbit.calibration.data import CalibrationData, prepare_data
 from hf_lowbit.calibration.parallel import processes, rank, share, wait_for_all
 from hf_lowbit.calibration.peak import predict_peak
 from hf_lowbit.calibration.predictions import Predictions
+from hf_lowbit.calibration.snapshot import remember
 from hf_lowbit.calibration.store import TensorStore, default_limit
 from hf_lowbit.calibration.tuning import tune
 from hf_lowbit.calibration.units import without_cache
@@ -29,7 +30,7 @@ from hf_lowbit.integrations.finish import finish_quantization, library_versions
 from hf_lowbit.integrations.loading import forget_ties, model_facts, processing_of
 from hf_lowbit.method import Recipe
 from hf_lowbit.nn import PackedModule
-from hf_lowbit.plan import Plan, build_plan, replace_modules
+from hf_lowbit.plan import Plan, build_plan, packed_modules, replace_modules
 from hf_lowbit.state import shared_weights
 from hf_lowbit.tensorwise import Outcome, pack_parameter
 from hf_lowbit.testbed.cache import cache_home
@@ -137,10 +138,11 @@ def _tune(model: nn.Module, config: LowbitConfig, predictions: Predictions) -> s
     """Train scales and norms; a line for the report."""
     assert config.tuning is not None
     tuned = tune(model, predictions, **asdict(config.tuning), seed=config.seed)
+    share = f"{len(tuned.layers)} of {len(packed_modules(model))} packed layers"  # other kinds keep their scales
     change = f"the loss on a part of the calibration data went from {tuned.before:.4g} to {tuned.after:.4g}"
     if not tuned.kept:
         return f"tuning scales and norms did not help and was undone: {change}"
-    return f"scales and norms are tuned end to end: {change}; errors of single layers are those before"
+    return f"scales of {share}, and norms, are tuned end to end: {change}; errors of single layers are those before"
 
 
 def _prepare(model: nn.Module, config: LowbitConfig) -> CalibrationData:
@@ -193,17 +195,11 @@ def _provenance(data: CalibrationData, config: LowbitConfig) -> dict[str, Any]:
 def _snapshot(model: nn.Module, plan: Plan) -> Callable[[], None]:
     """What puts a model back as it was: its layers, their parameters, and every float tensor in its own type."""
     originals = {name: model.get_submodule(name) for name in plan.layers}
-    places = [(m, name, parameter) for m in model.modules() for name, parameter in m._parameters.items()]
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    # a block in float32 is worked on in place; of other types the originals are left alone
-    values = [t.data.clone() if t.dtype == torch.float32 else t.data for t in tensors]
+    restore_tensors = remember(model, copied=torch.float32)  # a block in float32 is worked on in place
 
     def restore() -> None:
         replace_modules(model, originals)
-        for module, name, parameter in places:
-            module._parameters[name] = parameter
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.data = value
+        restore_tensors()
 
     return restore
 

@@ -20,6 +20,7 @@ from hf_lowbit.plan import PlannedLayer, replace_module
 from hf_lowbit.rounding.power import round_completely
 from hf_lowbit.rounding.store import stack
 
+UNREACHED = "no token of the calibration data reaches it: rounded to nearest"
 _S = TypeVar("_S", bound=Statistic)
 
 
@@ -184,6 +185,10 @@ class Block:
     def note(self, key: str, line: str) -> None:
         """Say one more thing about a matrix."""
         self.notes[key] = f"{self.notes[key]}; {line}" if key in self.notes else line
+
+    def round_unreached(self, key: str) -> None:
+        """Pack a matrix whose inputs the data does not show: an expert that no token chooses."""
+        self.round_to_nearest(key, UNREACHED)
 
     def round_to_nearest(self, key: str, reason: str) -> None:
         """Pack a matrix without calibration, and say why."""

@@ -39,7 +39,7 @@ class Checkpoint:
             ResumeError: it holds files of something else, another run's blocks while ``resume`` is on, or cannot be
                 written.
         """
-        self.folder, self._fingerprint, self._lock = folder, fingerprint, lock
+        self.folder, self._lock = folder, lock
         manifest = folder / MANIFEST
         if folder.exists():
             if not folder.is_dir() or (any(folder.iterdir()) and not manifest.is_file()):

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten
 
+from hf_lowbit.calibration.inspected import first_output
 from hf_lowbit.calibration.store import TensorStore
 from hf_lowbit.calibration.units import Batch
 
@@ -76,7 +76,7 @@ class Predictions:
         for batch in self._batches:
             with torch.no_grad(), _calls(head) as calls:
                 output = model(**batch)
-            prediction = _first_float(output) if head is None else calls[-1][0]
+            prediction = _prediction(output) if head is None else calls[-1][0]
             self._kept.append(store.put(prediction))
             self._sizes.append(len(prediction))
 
@@ -96,7 +96,7 @@ class Predictions:
             output = model(**batch)
         kept = self._store.get(self._kept[piece.batch])[piece.samples]
         if self._head is None:
-            mine = _first_float(output).float()
+            mine = _prediction(output).float()
             expected: Tensor = kept.to(mine.device, torch.float32)
             return F.mse_loss(mine, expected) / expected.square().mean()
         logits = calls[-1][1]
@@ -136,6 +136,5 @@ def _calls(module: nn.Module | None) -> Iterator[list[tuple[Tensor, Tensor]]]:
         handle.remove()
 
 
-def _first_float(output: Any) -> Tensor:
-    leaves = tree_flatten(output if isinstance(output, Tensor | tuple) else dict(output))[0]
-    return next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+def _prediction(output: Any) -> Tensor:
+    return first_output(output if isinstance(output, Tensor | tuple) else dict(output))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from hf_lowbit.calibration.gains import commutes, fold_gain
+from hf_lowbit.calibration.snapshot import remember
 from hf_lowbit.calibration.stream import Stream, StreamError, find_stream
 from hf_lowbit.calibration.units import Batch, first_sample, without_cache
 from hf_lowbit.transforms.fold import input_weights, output_weights
@@ -60,7 +61,7 @@ def rotate_stream(model: nn.Module, batches: Sequence[Batch], seed: int = 0) -> 
         batches: keyword arguments of its forward; the first sample is tried.
         seed: of Q.
     """
-    undo = _remembered(model)
+    undo = remember(model)
     types = {tensor: tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
     try:
         for tensor, dtype in types.items():
@@ -87,24 +88,6 @@ def rotate_stream(model: nn.Module, batches: Sequence[Batch], seed: int = 0) -> 
         size = weight.numel() * weight.element_size() / 2**20
         notes.append(f"{name} is no longer tied to the embedding: rotated, they differ ({size:.1f} MB more)")
     return Rotated(notes, frozenset(_readers(stream)))
-
-
-def _remembered(model: nn.Module) -> Callable[[], None]:
-    """What puts parameters and floating buffers back: the same objects with the same storage, in the same places.
-
-    Values that are changed in place since then are not restored.
-    """
-    places = [(m, name, parameter) for m in model.modules() for name, parameter in m._parameters.items()]
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    values = [tensor.data for tensor in tensors]
-
-    def undo() -> None:
-        for module, name, parameter in places:
-            module._parameters[name] = parameter
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.data = value
-
-    return undo
 
 
 def _untie(model: nn.Module, stream: Stream) -> dict[str, nn.Parameter]:

@@ -15,7 +15,6 @@ from hf_lowbit.formats import PackedTensor
 from hf_lowbit.nn import PackedLinear
 from hf_lowbit.rounding.gptq import CholeskyError
 
-UNREACHED = "no token of the calibration data reaches it: rounded to nearest"
 _S = TypeVar("_S", bound=Hessian)
 
 
@@ -48,7 +47,7 @@ def round_second_order(
     for key, statistic in block.collect(make, keys).items():
         matrix = block.matrices[key]
         if statistic.tokens == 0:
-            block.round_to_nearest(key, UNREACHED)
+            block.round_unreached(key)
             continue
         try:
             result = rounding(matrix, statistic)

@@ -9,7 +9,6 @@ from torch import Tensor
 from hf_lowbit.calibration.block import Block
 from hf_lowbit.calibration.matrices import Matrix
 from hf_lowbit.calibration.reconstruct import Training, reconstruct
-from hf_lowbit.calibration.second_order import UNREACHED
 from hf_lowbit.formats import PackedTensor, WeightSpec
 from hf_lowbit.rounding.clip import fit_clipped
 from hf_lowbit.rounding.gptq import CholeskyError, gptq
@@ -33,7 +32,7 @@ def sign_round(
     for key, hessian in block.hessians().items():
         matrix = block.matrices[key]
         if hessian.tokens == 0:
-            block.round_to_nearest(key, UNREACHED)
+            block.round_unreached(key)
             continue
         spec = matrix.spec if choose is None else choose(matrix, hessian.matrix)
         begin = None if start == "nearest" else _start(start, matrix, spec, hessian.matrix)

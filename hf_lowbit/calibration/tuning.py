@@ -37,11 +37,13 @@ class Tuned:
     Attributes:
         before, after: loss (:meth:`Predictions.loss`) on a part of the calibration data.
         kept: whether it became less; if not, the model is as it was.
+        layers: names of those whose scales were trained.
     """
 
     before: float
     after: float
     kept: bool
+    layers: tuple[str, ...]
 
 
 def tune(
@@ -82,7 +84,7 @@ def tune(
     finally:
         for tensor, dtype in types.items():
             tensor.data = tensor.data.to(dtype)
-    return Tuned(before, after, kept)
+    return Tuned(before, after, kept, tuple(scales.layers))
 
 
 @torch.enable_grad()

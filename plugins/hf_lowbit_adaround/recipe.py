@@ -30,7 +30,7 @@ def make_recipe(config: AdaRoundConfig) -> Recipe:
                 first = start(matrix.weight, matrix.spec)
                 learned[key] = AdaptiveRounding(matrix.weight, matrix.spec, first, regularization=strength)
             else:
-                block.round_to_nearest(key, "no token of the calibration data reaches it: rounded to nearest")
+                block.round_unreached(key)
         if learned:  # soft weights lose least at the start, where they are the float ones: the last are what counts
             reconstruct(block, learned, Training(config.iterations, config.rate, "adam", keep_best=False, decay=False))
         for key, weight in learned.items():

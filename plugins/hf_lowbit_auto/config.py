@@ -25,7 +25,8 @@ class AutoLowbitConfig(LowbitConfig):
         formats: what a layer of 2 to 4 bits may become, by the least error weighted with its inputs: "int", or "lloyd",
             levels for normal weights, at the same size and speed. Other programs read integers only.
         candidates: bits that the integer program chooses from.
-        tuning: of scales and norms in the end; None leaves it out.
+        tuning: of scales and norms in the end; None leaves it out. The default does so where low_rank
+            keeps an adapter.
     """
 
     quant_method: ClassVar[MethodName] = MethodName("lowbit_auto")  # type: ignore[misc]

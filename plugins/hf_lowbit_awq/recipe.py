@@ -29,7 +29,7 @@ def make_recipe(config: AWQConfig) -> Recipe:
         clipped = [key for key in block.matrices if _is_clipped(config, block, key)]
         for key, hessian in (block.hessians(clipped) if clipped else {}).items():
             if hessian.tokens == 0:
-                block.round_to_nearest(key, "no token of the calibration data reaches it: rounded to nearest")
+                block.round_unreached(key)
                 continue
             matrix = block.matrices[key]
             block.pack(key, round_with(fit_output_error(hessian.matrix, matrix.spec), matrix.weight, matrix.spec))

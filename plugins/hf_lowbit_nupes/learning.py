@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from hf_lowbit.calibration.block import Block
+from hf_lowbit.calibration.block import UNREACHED, Block
 from hf_lowbit.calibration.matrices import Matrix
 from hf_lowbit.calibration.reconstruct import Training, output_channels, reconstruct
 from hf_lowbit.formats import WeightSpec
@@ -16,8 +16,6 @@ from hf_lowbit.rounding.learned import WholeSpaceRounding
 from hf_lowbit.rounding.power import search_exponent
 from hf_lowbit.rounding.store import round_with
 from hf_lowbit_nupes.config import NUPESConfig
-
-_IDLE = "no token of the calibration data reaches it: rounded to nearest"
 
 
 def learn(block: Block, config: NUPESConfig) -> None:
@@ -51,7 +49,7 @@ def learn(block: Block, config: NUPESConfig) -> None:
         matrix = block.matrices[key]
         spec = specs[matrix.layer]
         learnable = spec.format == "power" and spec.symmetric
-        block.notes.setdefault(key, _IDLE if learnable else f"{spec.json} is not learned: rounded to nearest")
+        block.notes.setdefault(key, UNREACHED if learnable else f"{spec.json} is not learned: rounded to nearest")
         block.pack(key, round_to_nearest(matrix.weight, spec))
 
 

@@ -39,7 +39,7 @@ def make_recipe(config: OmniQuantConfig) -> Recipe:
             if key in packed:
                 block.pack(key, packed[key])
             else:  # nothing was learned about it
-                block.round_to_nearest(key, "no token of the calibration data reaches it: rounded to nearest")
+                block.round_unreached(key)
 
     return Recipe(calibrate=calibrate, targets=True)
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hf_lowbit.calibration.block import Block
+from hf_lowbit.calibration.block import UNREACHED, Block
 from hf_lowbit.calibration.matrices import Matrix
+from hf_lowbit.calibration.second_order import as_read
+from hf_lowbit.calibration.statistics import Hessian
 from hf_lowbit.formats import PackedTensor, SpecError, WeightSpec
 from hf_lowbit.formats.packed import to_bits
 from hf_lowbit.method import Recipe
@@ -31,15 +33,15 @@ def make_recipe(config: QuIPConfig) -> Recipe:
         for key in block.matrices:
             statistic = hessians.get(key)
             if statistic is None:
-                _round_to_nearest(block, key, block.notes[key])
+                _round_to_nearest(block, key, f"{block.notes[key]}: rounded to nearest")
                 continue
             if statistic.tokens == 0:
-                _round_to_nearest(block, key, "no token of the calibration data reaches it")
+                _round_to_nearest(block, key, UNREACHED)
                 continue
             try:
-                result = _round(block, key, statistic.matrix, config)
+                result = _round(block, key, statistic, config)
             except CholeskyError as problem:
-                _round_to_nearest(block, key, str(problem))
+                _round_to_nearest(block, key, f"{problem}: rounded to nearest")
                 continue
             if result.damping > config.damping:
                 block.note(key, f"its Hessian needed damping={result.damping:g}")
@@ -48,19 +50,16 @@ def make_recipe(config: QuIPConfig) -> Recipe:
     return Recipe(rounding=_nearest, calibrate=calibrate)
 
 
-def _round(block: Block, key: str, hessian: Tensor, config: QuIPConfig) -> GPTQResult:
+def _round(block: Block, key: str, statistic: Hessian, config: QuIPConfig) -> GPTQResult:
     matrix = block.matrices[key]
-    problem = make_incoherent(matrix, hessian, block.seed)
+    problem = make_incoherent(matrix, statistic.matrix, block.seed)
     if problem is not None:
         block.notes[key.partition("[")[0]] = f"{problem}: not rotated, rounded as GPTQ does"  # once for all experts
-        return gptq(matrix.weight, _by_rows(matrix.spec), hessian, damping=config.damping)
-    layer = matrix.skeleton
-    assert isinstance(layer, PackedLinear)
-    mixed = layer.transformed(layer.transformed(hessian).t())  # E[x' x'^T]
+        return gptq(matrix.weight, _by_rows(matrix.spec), statistic.matrix, damping=config.damping)
     return ldlq(
         matrix.weight,
         matrix.spec,
-        with_ridge((mixed + mixed.t()) / 2),
+        with_ridge(as_read(matrix, statistic)),
         damping=config.damping,
         reach=config.range_factor,
         greedy_passes=config.greedy_passes,
@@ -89,7 +88,7 @@ def _by_rows(spec: WeightSpec) -> WeightSpec:
 def _round_to_nearest(block: Block, key: str, reason: str) -> None:
     matrix = block.matrices[key]
     is_rotated = matrix.layer_spec.transform is not None
-    block.notes[key] = f"{reason}: rounded to nearest"
+    block.notes[key] = reason
     block.pack(key, _nearest(matrix.weight, matrix.spec if is_rotated else _by_rows(matrix.spec)))
 
 

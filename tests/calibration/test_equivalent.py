@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
 from hf_lowbit.calibration.block import Block
@@ -17,6 +17,7 @@ from hf_lowbit.calibration.scaling import block_sites, smooth
 from hf_lowbit.config import LowbitConfig
 from hf_lowbit.rounding.learned import MovingClipping
 from hf_lowbit_rtn import METHOD
+from tests.calibration.gated import GatedModel
 from tests.matrix.models import MODELS
 from tests.plugins.outliers import outlier_llama, outputs_of, relative, walk
 
@@ -197,30 +198,12 @@ def test_divided_norms_are_stored_as_they_are_in_bfloat16() -> None:
 def test_what_a_gate_multiplies_is_not_shifted() -> None:
     """Its channels can be scaled, but a shift would be multiplied by the gate."""
 
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.gate, self.out = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.out(self.norm(x) * self.gate(x))
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList([Gated(), Gated()])
-
-        def forward(self, x: Tensor) -> Tensor:
-            for block in self.blocks:
-                x = block(x)
-            return x
-
     def check(block: Block) -> None:
         sites = block_sites(block)
         assert sites and not any(shifts_exactly(block, site) for site in sites)
 
     torch.manual_seed(0)
-    every_block(Model().eval(), check, [{"x": torch.randn(2, 7, 32)}])
+    every_block(GatedModel().eval(), check, [{"x": torch.randn(2, 7, 32)}])
 
 
 def test_blocks_without_sites_have_nothing_to_learn() -> None:

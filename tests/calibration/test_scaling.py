@@ -25,6 +25,7 @@ from hf_lowbit.calibration.scaling import (
 from hf_lowbit.calibration.sites import Site
 from hf_lowbit.formats import decode
 from hf_lowbit.rounding import round_to_nearest
+from tests.calibration.gated import GatedModel
 from tests.matrix.models import MODELS
 from tests.plugins.outliers import one_token, outlier_llama, outputs_of, relative, tiny_moe, token_batches, walk
 
@@ -203,24 +204,6 @@ def test_heads_that_share_a_value_head_are_a_site() -> None:
 def test_a_layer_that_two_sites_would_scale_belongs_to_one() -> None:
     """A gate that is a norm times a linear layer: both could be divided, statistics are of the input before either."""
 
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.gate, self.out = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.out(self.norm(x) * self.gate(x))
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList([Gated(), Gated()])
-
-        def forward(self, x: Tensor) -> Tensor:
-            for block in self.blocks:
-                x = block(x)
-            return x
-
     read = []
 
     def step(block: Block) -> None:
@@ -229,7 +212,7 @@ def test_a_layer_that_two_sites_would_scale_belongs_to_one() -> None:
         smooth(block, 0.5)
         assert relative(outputs_of(block), before) < 1e-5
 
-    walk(Model().eval(), step, [{"x": torch.randn(2, 7, 32)}])
+    walk(GatedModel().eval(), step, [{"x": torch.randn(2, 7, 32)}])
     assert all(len(found) == 1 for found in read)
 
 
