@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,8 @@ def _totals(account: Account) -> list[tuple[str, str]]:
         ("stored for them", f"{size(report.packed_bytes)}, {report.bits_per_weight:.2f} bits per weight{before}"),
         ("left as it was", f"{size(report.other_bytes)} in other tensors"),
     ]
+    if inputs := _inputs(packed):
+        rows.append(("inputs rounded to", inputs))
     errors = [layer.error for layer in packed if layer.error is not None]
     if errors:
         mean = sum(errors) / len(errors)
@@ -77,6 +80,12 @@ def _totals(account: Account) -> list[tuple[str, str]]:
         rows.append(("peak memory", f"{size(report.peak_memory_bytes)}, the whole process while quantizing"))
     rows.append(("counted from", str(account.to_dict()["counted_from"])))
     return rows
+
+
+def _inputs(layers: list[Any]) -> str:
+    """How many layers quantize their inputs to what, and how they multiply."""
+    kinds = Counter((layer.activation, layer.arithmetic) for layer in layers if layer.activation is not None)
+    return "; ".join(f"{form}, {arithmetic} products ({n})" for (form, arithmetic), n in kinds.most_common())
 
 
 def _show_quality(evaluation: dict[str, Any]) -> None:
@@ -114,6 +123,7 @@ def _layer_table(layers: list[Any]) -> Table:
         table.add_column(column, justify="right")
     for layer in layers:
         form = f"{layer.format} {layer.bits} bits, {group_name(layer.group_size)}"
+        form += "" if layer.activation is None else f"; inputs {layer.activation}"
         if layer.tied_to:
             table.add_row(escape(layer.name), f"shares {escape(layer.tied_to)}", "", "", "", "")
             continue

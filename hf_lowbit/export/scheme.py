@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hf_lowbit.config import ConfigError
+from hf_lowbit.formats import ActivationSpec
 from hf_lowbit.nn import LayerSpec
 
 PACKED, INTEGERS, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
@@ -73,10 +74,10 @@ def scheme_of(spec: LayerSpec) -> Scheme:
         raise ExportError("one bit stands for -1 and +1, which are no integers in a row; 2 to 8 bits can be exported")
     if not weight.symmetric and not weight.has_integer_zero_point:
         raise ExportError("its zero points are real numbers, the format's are integers: real_zero_point=False")
-    if activation is not None and (activation.format, activation.bits) != ("int", 8):
+    if activation is not None and activation != ActivationSpec("int", 8):
         raise ExportError(
-            f"its inputs are quantized to {activation}; of quantized inputs only int of 8 bits computes the same "
-            "elsewhere"
+            f"its inputs are quantized to {activation}; of quantized inputs only int of 8 bits with a scale per "
+            "token computes the same elsewhere"
         )
     if activation is None and not packs_densely(weight.bits):
         raise ExportError(

@@ -213,54 +213,11 @@ class WeightSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WeightSpec:
         """Inverse of :meth:`to_dict`. Raises SpecError for unknown fields."""
-        return _from_dict(cls, values)
+        return spec_from_dict(cls, values)
 
 
-@dataclass(frozen=True)
-class ActivationSpec:
-    """Dynamic per-token quantization of a layer's input.
-
-    Attributes:
-        format, bits: "int" of 4, 6 or 8 bits, or "float8_e4m3fn".
-        symmetric: False adds a zero point per token: the codes cover the token's own range, from its smallest to its
-            largest value, both with zero. Of 4 and 6 bits only: less their zero point these codes are still int8, so
-            that the same products serve; those of 8 bits are not, and a float has no zero point.
-    """
-
-    format: str = "int"
-    bits: int = 8
-    symmetric: bool = True
-    json: ClassVar[str]  # of each instance: to_dict as text, made once
-
-    def __post_init__(self) -> None:
-        allowed = (("int", 4), ("int", 6), ("int", 8), ("float8_e4m3fn", 8))
-        if type(self.bits) is not int or (self.format, self.bits) not in allowed:
-            raise SpecError(
-                "activations are quantized to format 'int' with 4, 6 or 8 bits or to 'float8_e4m3fn', "
-                f"not to {self.format!r} with {self.bits} bits"
-            )
-        if type(self.symmetric) is not bool:
-            raise SpecError(f"symmetric must be True or False, not {self.symmetric!r}")
-        if not self.symmetric and self.bits == 8:
-            reason = "less their zero point they need 9 bits" if self.format == "int" else "a float has no zero point"
-            raise SpecError(f"asymmetric activations have 4 or 6 bits of format 'int', not {self}: {reason}")
-        object.__setattr__(self, "json", json.dumps(self.to_dict()))
-
-    def __str__(self) -> str:
-        return f"{self.format} {self.bits} bits" + ("" if self.symmetric else ", asymmetric")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; ``symmetric`` only where it is False."""
-        values: dict[str, Any] = {"format": self.format, "bits": self.bits}
-        return values if self.symmetric else {**values, "symmetric": False}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ActivationSpec:
-        """Inverse of :meth:`to_dict`. Raises SpecError for unknown fields."""
-        return _from_dict(cls, values)
-
-
-def _from_dict(cls: type, values: dict[str, Any]) -> Any:
+def spec_from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """A specification from plain data. Raises SpecError for unknown fields."""
     unknown = sorted(set(values) - {f.name for f in fields(cls)})
     if unknown:
         raise SpecError(f"unknown field(s) in a {cls.__name__}: {', '.join(unknown)}")

@@ -14,24 +14,41 @@ from hf_lowbit.kernels.products import product, products
 
 
 def packed_linear(
-    x: Tensor, packed: PackedTensor, activation: ActivationSpec | None = None, backend: str | None = None
+    x: Tensor,
+    packed: PackedTensor,
+    activation: ActivationSpec | None = None,
+    backend: str | None = None,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     """x ``[..., columns]`` float times a packed ``[rows, columns]``, giving ``[..., rows]``. Differentiable in x.
 
     Args:
-        activation: quantize x per token first; without it activations stay as they are.
+        activation: quantize x first; without it activations stay as they are.
         backend: one of :data:`hf_lowbit.kernels.BACKENDS`, or None for the best.
+        input_scale: of static activations, float32 ``[1]``; None takes that of x, for calibration.
     """
+    x = _cast_as_autocast(x)
     if torch.compiler.is_compiling():
-        return ops.packed_linear(x, packed, activation, backend)
+        return ops.packed_linear(x, packed, activation, backend, input_scale)
     if x.requires_grad and torch.is_grad_enabled():
-        result: Tensor = PackedLinearFunction.apply(x, packed, activation, backend)
+        result: Tensor = PackedLinearFunction.apply(x, packed, activation, backend, input_scale)
         return result
-    return product(x, packed, activation, backend)
+    return product(x, packed, activation, backend, input_scale)
 
 
 def packed_linears(
-    x: Tensor, weights: Sequence[PackedTensor], activation: ActivationSpec | None = None, backend: str | None = None
+    x: Tensor,
+    weights: Sequence[PackedTensor],
+    activation: ActivationSpec | None = None,
+    backend: str | None = None,
+    input_scale: Tensor | None = None,
 ) -> list[Tensor]:
     """As :func:`packed_linear` for several matrices at once, without gradients: one call for all, x read once."""
-    return products(x, weights, activation, backend)
+    return products(_cast_as_autocast(x), weights, activation, backend, input_scale)
+
+
+def _cast_as_autocast(x: Tensor) -> Tensor:
+    """Under autocast in its type, as torch's own linear layers compute."""
+    if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))

@@ -18,16 +18,22 @@ from hf_lowbit.kernels import products
 
 _PACKED = "Tensor weight, Tensor scale, Tensor? zero_point, Tensor? table, str spec, int columns"
 _library = torch.library.Library("hf_lowbit", "DEF")
-_library.define(f"linear(Tensor x, {_PACKED}, str? activation, str? backend) -> Tensor")
+_library.define(f"linear(Tensor x, {_PACKED}, str? activation, Tensor? input_scale, str? backend) -> Tensor")
 _library.define(f"linear_backward(Tensor gradient, {_PACKED}, str? backend) -> Tensor")
 _library.define(f"decode({_PACKED}, ScalarType dtype, str? backend) -> Tensor")
 _library.define(f"rows({_PACKED}, Tensor index, ScalarType dtype, str? backend) -> Tensor")
 
 
-def packed_linear(x: Tensor, packed: PackedTensor, activation: ActivationSpec | None, backend: str | None) -> Tensor:
+def packed_linear(
+    x: Tensor,
+    packed: PackedTensor,
+    activation: ActivationSpec | None,
+    backend: str | None,
+    input_scale: Tensor | None = None,
+) -> Tensor:
     """:func:`hf_lowbit.kernels.packed_linear` as an operator."""
     told = None if activation is None else activation.json
-    result: Tensor = torch.ops.hf_lowbit.linear(x, *_arguments(packed), told, backend)
+    result: Tensor = torch.ops.hf_lowbit.linear(x, *_arguments(packed), told, input_scale, backend)
     return result
 
 
@@ -66,9 +72,9 @@ def _packed(
 
 @torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
-    *packed, activation, backend = arguments
+    *packed, activation, input_scale, backend = arguments
     spec = None if activation is None else _activation_spec(activation)
-    return products.product(x, _packed(*packed), spec, backend)
+    return products.product(x, _packed(*packed), spec, backend, input_scale)
 
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
@@ -112,14 +118,14 @@ def _rows_fake(weight: Tensor, *arguments: Any) -> Tensor:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, scale, zero_point, table, spec, columns, _activation, backend = inputs
+    _, weight, scale, zero_point, table, spec, columns, _activation, _input_scale, backend = inputs
     ctx.save_for_backward(weight, scale, zero_point, table)
     ctx.rest = (spec, columns, backend)
 
 
 def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     result = torch.ops.hf_lowbit.linear_backward(gradient, *ctx.saved_tensors, *ctx.rest)
-    return (result, *[None] * 8)
+    return (result, *[None] * 9)
 
 
 torch.library.register_autograd("hf_lowbit::linear", _input_gradient, setup_context=_remember, lib=_library)

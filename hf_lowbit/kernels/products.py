@@ -16,13 +16,19 @@ from hf_lowbit.formats import decode_rows as reference_rows
 from hf_lowbit.formats.packed import with_plain_scales
 from hf_lowbit.kernels import cpu
 from hf_lowbit.kernels.activation import quantize_tokens
-from hf_lowbit.kernels.reference import reference_product
+from hf_lowbit.kernels.reference import reference_gradient, reference_product
 from hf_lowbit.kernels.routes import native, route
 from hf_lowbit.kernels.sliced import sliced_linear
 from hf_lowbit.kernels.tiles import tiled_gradient, tiled_product
 
 
-def product(x: Tensor, packed: PackedTensor, activation: ActivationSpec | None, backend: str | None) -> Tensor:
+def product(
+    x: Tensor,
+    packed: PackedTensor,
+    activation: ActivationSpec | None,
+    backend: str | None,
+    input_scale: Tensor | None = None,
+) -> Tensor:
     """x ``[..., columns]`` times a packed ``[rows, columns]``: ``[..., rows]`` in x's type."""
     packed = with_plain_scales(packed)
     if activation is None:  # the commonest case by the shortest way: a token takes hundreds of these
@@ -31,18 +37,22 @@ def product(x: Tensor, packed: PackedTensor, activation: ActivationSpec | None, 
         if matrix is not None and route(tokens, matrix, None) == "native":
             (result,) = cpu.linear(tokens, (matrix,))
             return result if x.dim() == 2 else result.view(*x.shape[:-1], matrix.rows)
-    return products(x, [packed], activation, backend)[0]
+    return products(x, [packed], activation, backend, input_scale)[0]
 
 
 def products(
-    x: Tensor, weights: Sequence[PackedTensor], activation: ActivationSpec | None, backend: str | None
+    x: Tensor,
+    weights: Sequence[PackedTensor],
+    activation: ActivationSpec | None,
+    backend: str | None,
+    input_scale: Tensor | None = None,
 ) -> list[Tensor]:
     """x times several packed matrices of the same input width; what can be shared between them is done once."""
     tokens, weights = x.reshape(-1, x.shape[-1]), [with_plain_scales(packed) for packed in weights]
     matrices = [native(packed, x.device, x.dtype, backend) for packed in weights]
     ways = [route(tokens, matrix, activation) for matrix in matrices]
     if activation is not None and any(way != "reference" for way in ways):
-        codes, scale = quantize_tokens(tokens, activation)
+        codes, scale = quantize_tokens(tokens, activation, input_scale)
     results: list[Tensor | None] = [None] * len(weights)
     for way in ("native", "int8"):  # one call of the native kernel for all that take this way
         chosen = [i for i, other in enumerate(ways) if other == way]
@@ -57,7 +67,7 @@ def products(
             results[i] = result
     for i, (way, matrix) in enumerate(zip(ways, matrices, strict=True)):
         if way == "reference":
-            results[i] = reference_product(tokens, weights[i], activation)
+            results[i] = reference_product(tokens, weights[i], activation, input_scale)
         elif way == "tiles" and matrix is not None:
             results[i] = tiled_product(tokens, matrix)
         elif way == "sliced":
@@ -70,7 +80,7 @@ def input_gradient(gradient: Tensor, packed: PackedTensor, backend: str | None) 
     """Gradient ``[..., rows]`` of a product to that of its input, ``[..., columns]``."""
     tokens, packed = gradient.reshape(-1, gradient.shape[-1]), with_plain_scales(packed)
     matrix = native(packed, gradient.device, gradient.dtype, backend)
-    result = tokens @ decode(packed, gradient.dtype) if matrix is None else tiled_gradient(tokens, matrix)
+    result = reference_gradient(tokens, packed) if matrix is None else tiled_gradient(tokens, matrix)
     return result.reshape(*gradient.shape[:-1], result.shape[-1])
 
 

@@ -5,7 +5,8 @@
   a matrix unit, once per 128, and then it takes any number of tokens;
 - tiles: the native kernel decodes some rows into a buffer, torch multiplies: for many tokens;
 - int8: the native kernel for inputs quantized to 8 bits or fewer;
-- sliced: quantized inputs through torch, group by group, where the native kernel has no integers to multiply.
+- sliced: quantized inputs through torch, group by group, where the native kernel has no integers to multiply, or the
+  inputs have other groups than the weight.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def kernel_of(packed: PackedTensor, activation: ActivationSpec | None, backend: 
 
 
 def _multiplies_codes(matrix: cpu.Matrix, activation: ActivationSpec) -> bool:
-    return activation.format == "int" and cpu.multiplies_int8(matrix)
+    has_its_groups = activation.group_size is None or activation.groups(matrix.columns) == matrix.struct.groups
+    return activation.format == "int" and has_its_groups and cpu.multiplies_int8(matrix)
 
 
 def why_not(backend: str | None) -> str | None:

@@ -1,29 +1,47 @@
 """Products of quantized activations and packed weights, group by group, before any scale is applied.
 
-Each group of the input is one matrix product (a K-slice) of raw codes; its sum is scaled in float32. Two arithmetics:
+Each group of the input is one matrix product (a K-slice) of raw codes; its sum is scaled in float32. Where weights and
+activations have groups of their own, a slice lies within one of each. Three arithmetics:
  - int8 codes times an integer table: int32 accumulation, exact. Processors without int8 dot products take float32
    slices of at most 1024 inputs instead, whose sums stay below 2^24 and are therefore the same integers;
  - anything else (NF, most powers, fitted tables; float8 activations without float8 units): both sides decode exactly
-   to the input's type and multiply as floats. Reports name this "float (decoded)".
+   to the input's type and multiply as floats. Reports name this "float (decoded)";
+ - groups of weights and activations that have only a few inputs in common: as many products would take longer than
+   decoding both sides, scales included, and one product of floats. Reports name this "simulated".
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec, unpack_codes
+from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec, decode, unpack_codes
 from hf_lowbit.formats.number_format import look_up
 from hf_lowbit.formats.packed import scales, table_of, zero_points
+from hf_lowbit.kernels.activation import restore_tokens
 from hf_lowbit.kernels.routes import has_int8_dot
 
 _EXACT_FLOAT_WIDTH = 1024  # 1024 * 127 * 128 < 2^24: float32 holds every partial sum exactly
+_CUDA_MULTIPLE = 8  # of every side of an int8 product there
+_CUDA_LEAST_ROWS = 32  # torch asks for more than 16
+_NARROWEST_SLICE = 16  # within one group of weights and one of activations, unless these are narrower themselves
+
+
+def arithmetic(weight: WeightSpec, activation: ActivationSpec | None) -> str:
+    """How they multiply: "decoded" weights; "int8" codes; "float (decoded)" or "simulated" for quantized inputs."""
+    if activation is None:
+        return "decoded"
+    widths = [size for size in (weight.group_size, activation.group_size) if isinstance(size, int)]
+    if activation.group_size is not None and _have_little_in_common(widths):
+        return "simulated"
+    return "int8" if multiplies_integers(weight, activation) else "float (decoded)"
 
 
 def multiplies_integers(weight: WeightSpec, activation: ActivationSpec) -> bool:
-    """True when weight and activation codes multiply as integers."""
+    """True when weight and activation codes multiply as integers, group by group if they have groups."""
     return (
         activation.format == "int"
         and not weight.has_fitted_table
@@ -36,26 +54,35 @@ def sliced_linear(codes: Tensor, scale: Tensor, packed: PackedTensor, dtype: tor
 
     Args:
         codes: ``[tokens, columns]`` of int8 or float8.
-        scale: float32 ``[tokens, 1]``.
+        scale: float32 ``[tokens, groups]``.
         packed: ``[rows, columns]``.
         dtype: the type to multiply decoded values in, where integers cannot.
 
     Returns:
         float32 ``[tokens, rows]``.
     """
+    groups = scale.shape[-1]
+    widths = [packed.columns // groups, packed.columns // packed.spec.groups(packed.columns)]
+    if groups > 1 and _have_little_in_common(widths):
+        return torch.nn.functional.linear(restore_tokens(codes, scale), decode(packed))
+    width = math.gcd(*widths)
     table, multiplier, product = _arithmetic(codes, packed, dtype)
     codes = codes if codes.dtype == table.dtype else codes.to(table.dtype)
     values = look_up(table, unpack_codes(packed.weight, packed.spec.bits, packed.columns, packed.spec.packing))
     weight_scale, zero = scales(packed) / multiplier, zero_points(packed)
-    width = packed.columns // weight_scale.shape[-1]
     result = torch.zeros(codes.shape[0], values.shape[0], device=codes.device)
-    for group in range(weight_scale.shape[-1]):
-        columns = slice(group * width, (group + 1) * width)
+    for start in range(0, packed.columns, width):
+        columns, group = slice(start, start + width), start * weight_scale.shape[-1] // packed.columns
         sums = product(codes[:, columns], values[:, columns]).float()
         if zero is not None:
             sums -= codes[:, columns].float().sum(-1, keepdim=True) * (zero[:, group] * multiplier)
-        result += sums * weight_scale[:, group]
-    return result * scale
+        sums *= weight_scale[:, group]
+        result += sums if groups == 1 else sums * scale[:, start * groups // packed.columns].unsqueeze(-1)
+    return result * scale if groups == 1 else result
+
+
+def _have_little_in_common(widths: list[int]) -> bool:
+    return math.gcd(*widths) < min(_NARROWEST_SLICE, *widths)
 
 
 def _arithmetic(
@@ -74,10 +101,20 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """int8 ``[m, k]`` times the transpose of int8 ``[n, k]``: exact integers, as int32 or as float32."""
     if a.shape[1] == 1:  # torch 2.13's int8 product of one column returns what happens to lie in memory
         return a.int() * b.int().t()
-    if a.device.type != "cpu" or has_int8_dot():
+    if a.device.type == "cuda" and not (a.shape[1] | b.shape[0]) % _CUDA_MULTIPLE:
+        return _cuda_int8_product(a, b)
+    if a.device.type == "cpu" and has_int8_dot():
         return torch._int_mm(a.contiguous(), b.t().contiguous())
     if a.shape[1] <= _EXACT_FLOAT_WIDTH:
         return torch.nn.functional.linear(a.float(), b.float())
     slices = zip(a.split(_EXACT_FLOAT_WIDTH, dim=1), b.split(_EXACT_FLOAT_WIDTH, dim=1), strict=True)
     sums = [torch.nn.functional.linear(x.float(), y.float()).int() for x, y in slices]
     return torch.stack(sums).sum(0, dtype=torch.int32)
+
+
+def _cuda_int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """With the second matrix as it lies, column by column, and rows of zeros up to a number that the library takes."""
+    rows = a.shape[0]
+    wanted = max(_CUDA_LEAST_ROWS, -(-rows // _CUDA_MULTIPLE) * _CUDA_MULTIPLE)
+    padded = torch.nn.functional.pad(a, (0, 0, 0, wanted - rows)).contiguous()
+    return torch._int_mm(padded, b.contiguous().t())[:rows]

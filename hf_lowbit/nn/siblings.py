@@ -64,7 +64,7 @@ class Siblings:
             return False
         first: Any = members[0]
         weights = [member.packed() for member in members if member is not None]  # type: ignore[operator]
-        results = packed_linears(x, weights, first.layer_spec.activation, first.backend)
+        results = packed_linears(x, weights, first.layer_spec.activation, first.backend, first.input_scale())
         self._input, self._version = x, x._version
         self._results = {id(member): result for member, result in zip(members, results, strict=True)}
         return True
@@ -106,7 +106,15 @@ def _is_linear(module: Any) -> bool:
 def _reads_alike(module: Any, first: Any) -> bool:
     same = module.in_features == first.in_features and module.layer_spec.activation == first.layer_spec.activation
     plain = module.layer_spec.transform is None and module.layer_spec.exact is None
-    return bool(same and plain and module.is_packed())
+    return bool(same and plain and module.is_packed() and _has_scale_of(module, first))
+
+
+def _has_scale_of(module: Any, first: Any) -> bool:
+    """Whether their codes are the same: layers of one input share the value of a stored scale."""
+    if module is first or not first.has_static_inputs:
+        return True
+    one, other = module.input_scale(), first.input_scale()
+    return one is not None and other is not None and one.device.type != "meta" and torch.equal(one, other)
 
 
 def _is_suitable(x: Tensor) -> bool:

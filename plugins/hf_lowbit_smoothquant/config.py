@@ -12,6 +12,10 @@ from hf_lowbit.config import ConfigError, LowbitConfig, MethodName
 class SmoothQuantConfig(LowbitConfig):
     """SmoothQuant (arXiv 2211.10438): W8A8 with a scale per output row and one per token.
 
+    The paper's levels (table 2 [recall]) are combinations of the fields that every method has: O1 is
+    ``group_size="tensor"``, O3 that with ``activation_static=True``. O2, one scale for all tokens of a call, is not
+    offered: results would depend on what else is in the batch.
+
     Attributes:
         alpha: how much of the inputs' range moves into the weights, 0 to 1. The authors take 0.5 for OPT and BLOOM,
             0.85 for Llama 2 and 3, 0.8 for Mistral.

@@ -165,3 +165,26 @@ def test_pipeline(run_json, tmp_path: Path) -> None:
     assert list(made["components"]) == ["transformer"] and made["bits_per_weight"] < 5
     assert made["layers"][0]["component"] == "transformer" and made["warnings"][0].startswith("transformer: ")
     assert run_json("inspect", tmp_path / "out")["packed_bytes"] == made["packed_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (("--set", "activation_static=true", "--data", "self", "--set", "num_samples=2"), "int 8 bits, static"),
+        (("--set", "activation_group_size=16"), "int 8 bits, groups of 16"),
+    ],
+)
+def test_quantized_inputs_are_named(
+    run, run_json, llama: Path, tmp_path: Path, options: tuple[str, ...], kind: str
+) -> None:
+    """From the report, and counted from headers without it; in the totals, for each layer, and in the card."""
+    output, eight = tmp_path / "out", ("--bits", 8, "--set", "activation_bits=8", "--set", "sequence_length=16")
+    made = run_json("quantize", llama, "--method", "rtn", "--group-size", "row", *eight, *options, "--output", output)
+    assert {layer["activation"] for layer in made["layers"]} == {kind}
+    shown = " ".join(run("inspect", output, "--layers").stdout.split())
+    assert f"{kind}, int8 products ({len(made['layers'])})" in shown and f"inputs {kind}" in shown
+    assert f"| {kind} |" in (output / "README.md").read_text()
+    (output / "lowbit_report.json").unlink()
+    counted = run_json("inspect", output)
+    assert {(layer["activation"], layer["arithmetic"]) for layer in counted["layers"]} == {(kind, "int8")}
+    assert (counted["packed_bytes"], counted["elements"]) == (made["packed_bytes"], made["elements"])

@@ -48,6 +48,7 @@ def _refused(model: Any, folder: Path, message: str) -> None:
         ({"low_rank": LowRankConfig(rank=4)}, 'low-rank branch has no place.*keep="fused"'),
         ({"activation_format": "float8_e4m3fn"}, "inputs are quantized to float8_e4m3fn 8 bits"),
         ({"activation_bits": 4}, "inputs are quantized to int 4 bits"),
+        ({"activation_bits": 8, "activation_group_size": 16}, "inputs are quantized to int 8 bits, groups of 16"),
     ],
 )
 def test_formats_without_a_counterpart(config: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ def test_a_convolution_is_traced_whole() -> None:
     torch.testing.assert_close(torch.compile(conv, fullgraph=True, backend="aot_eager")(x), conv(x))
 
 
-def test_the_operator_keeps_torchs_contract() -> None:
+@pytest.mark.parametrize("activation", [None, ActivationSpec("int", 8, static=True)], ids=str)
+def test_the_operator_keeps_torchs_contract(activation: ActivationSpec | None) -> None:
     packed = round_to_nearest(torch.randn(16, 64), WeightSpec(bits=4, group_size=32))
-    arguments = (torch.randn(3, 64, requires_grad=True), *ops._arguments(packed), None, None)
+    told = (None, None) if activation is None else (activation.json, torch.tensor([0.02]))
+    arguments = (torch.randn(3, 64, requires_grad=True), *ops._arguments(packed), *told, None)
     torch.library.opcheck(torch.ops.hf_lowbit.linear.default, arguments)

@@ -15,6 +15,8 @@ from hf_lowbit import SmoothQuantConfig
 from hf_lowbit.calibration.block import Block
 from hf_lowbit.calibration.scaling import smooth
 from hf_lowbit.config import ConfigError
+from hf_lowbit.formats import decode
+from hf_lowbit.formats.packed import scales
 from tests.plugins.outliers import logit_error, outlier_llama, outputs_of, quantized, relative, walk
 
 CONSUMERS = {
@@ -96,6 +98,38 @@ def test_both_operands_are_integers() -> None:
     report = hf_lowbit.report(quantized(outlier_llama(), SmoothQuantConfig()))
     assert {layer.arithmetic for layer in report.layers} == {"int8"}
     assert {(layer.bits, layer.activation, layer.group_size) for layer in report.layers} == {(8, "int 8 bits", None)}
+
+
+# 4, 5
+@pytest.mark.parametrize("fields", [{}, {"activation_static": True}], ids=["O1", "O3"])
+def test_levels_of_the_paper_compute_what_their_codes_say(fields: dict[str, Any]) -> None:
+    """One scale per tensor, inputs per token or by the stored scale: integer sums, codes within -127..127."""
+    model = quantized(outlier_llama(), SmoothQuantConfig(group_size="tensor", **fields))
+    layer: Any = model.model.layers[0].mlp.gate_proj
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(3)) * 3
+    largest = x.abs().amax(-1, keepdim=True)
+    scale = layer.input_scale().reshape(1, 1) if fields else largest / 127
+    codes = (x / scale).round().clamp(-127, 127)
+    if fields:
+        assert (x / scale).abs().max() > 127.5, "nothing is clipped"
+    stored = layer.packed()
+    assert stored.scale.shape == (1, 1)
+    weights = (decode(stored) / scales(stored)).round()
+    expected = (codes.double() @ weights.double().t()) * scale.double() * scales(stored).double()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_smoothing_makes_stored_scales_usable() -> None:
+    """One scale for all channels: outliers leave little of it to the others, unless weights take them over."""
+    reference = outlier_llama()
+    smoothed = quantized(outlier_llama(), SmoothQuantConfig(activation_static=True))
+    plain = quantized(
+        outlier_llama(), hf_lowbit.RTNConfig(bits=8, activation_bits=8, group_size=None, activation_static=True)
+    )
+    report = hf_lowbit.report(smoothed)
+    assert {(layer.activation, layer.arithmetic) for layer in report.layers} == {("int 8 bits, static", "int8")}
+    assert logit_error(smoothed, reference) < 0.5 * logit_error(plain, reference)
 
 
 def test_what_bfloat16_models_store_is_smoothed_as_well(tmp_path: Path) -> None:

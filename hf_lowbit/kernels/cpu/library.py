@@ -22,7 +22,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "hfl_instruction_sets": (ctypes.c_char_p,),
     "hfl_use": (_INT, ctypes.c_char_p),
     "hfl_linear": (_INT, _POINTER, _INT, _POINTER, _INT, _LONG, _LONG, _POINTER, _INT),
-    "hfl_linear_int8": (_INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT, _POINTER, _INT),
+    "hfl_linear_int8": (_INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER, _INT),
     "hfl_multiplies_int8": (_INT, _POINTER),
     "hfl_multiplies_in_registers": (_INT, _POINTER),
     "hfl_has_matrix_unit": (_INT, _POINTER, _INT),

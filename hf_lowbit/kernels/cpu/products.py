@@ -37,9 +37,10 @@ def linear(x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
 
 
 def linear_int8(codes: Tensor, scale: Tensor, matrices: Sequence[Matrix], dtype: torch.dtype) -> list[Tensor]:
-    """int8 codes ``[m, columns]`` of -127..127 with a float32 scale ``[m, 1]`` times each packed integer matrix.
+    """int8 codes ``[m, columns]`` of -127..127 with float32 scales ``[m, groups]`` times each packed integer matrix.
 
-    Integer sums within a group, scaled in float32; results ``[m, rows]`` in ``dtype``.
+    Inputs have one group, or as many as each of the matrices. Integer sums within a group, scaled in float32; results
+    ``[m, rows]`` in ``dtype``.
     """
     codes, scale = codes.contiguous(), scale.contiguous()
     m = codes.shape[0]
@@ -49,6 +50,7 @@ def linear_int8(codes: Tensor, scale: Tensor, matrices: Sequence[Matrix], dtype:
         len(matrices),
         codes.data_ptr(),
         scale.data_ptr(),
+        scale.shape[1],
         m,
         FLOAT_TYPES[dtype],
         _addresses([result.data_ptr() for result in results]),

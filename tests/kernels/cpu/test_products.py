@@ -71,6 +71,26 @@ def test_integer_sums_are_exact(name: str, group_size: int | None, instruction_s
         assert relative(y, exact_product(codes.double() * scale.double(), packed)) < 2e-6
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("group_size", (32, 64, 96, 144))
+def test_inputs_with_the_groups_of_the_weight(name: str, group_size: int, instruction_set: str) -> None:
+    """Each sum is scaled by both of its groups: inputs and weights of very different size, zero points too."""
+    packed = random_packed(19, 576, group_size=group_size, **FORMATS[name])
+    matrix = cpu.describe(packed)
+    assert matrix is not None
+    if not cpu.multiplies_int8(matrix):
+        return
+    groups = 576 // group_size
+    for tokens in (1, 6, 70):
+        codes = torch.randint(-127, 128, (tokens, 576), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+        scale = torch.logspace(-2, 2, tokens * groups).reshape(tokens, groups)[:, torch.randperm(groups)]
+        (y,) = cpu.linear_int8(codes, scale, [matrix], torch.float32)
+        x = codes.double() * scale.double().repeat_interleave(group_size, 1)
+        assert relative(y, exact_product(x, packed), without_cancellation(x, packed)) < 2e-6
+    with pytest.raises(ValueError, match="refused"):
+        cpu.linear_int8(codes, scale.repeat(1, 2), [matrix], torch.float32)
+
+
 @pytest.mark.parametrize(
     "name, group_size, expected",
     [("int4", 64, True), ("int4", 12, False), ("ternary-base3", None, True), ("ternary-base3", 64, False)],

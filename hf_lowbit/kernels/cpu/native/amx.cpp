@@ -54,14 +54,14 @@ int linear(const hfl_matrix* const* matrices, int count, const void* x, int type
     return 0;
 }
 
-int linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* scale, int64_t m, int type,
-                void* const* y, int threads) {
-    bool all = m > few_inputs;
+int linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* scale, int64_t x_groups,
+                int64_t m, int type, void* const* y, int threads) {
+    bool all = m > few_inputs && x_groups == 1;
     for (int i = 0; i < count; i++) {
         if (!avx512_kernels.multiplies_int8(matrices[i])) return -1;
         all = all && with_bytes(*matrices[i], [](auto) {});
     }
-    if (!all) return avx512_kernels.linear_int8(matrices, count, x, scale, m, type, y, threads);
+    if (!all) return avx512_kernels.linear_int8(matrices, count, x, scale, x_groups, m, type, y, threads);
     for (int64_t m0 = 0; m0 < m; m0 += most_inputs) {
         const int64_t n = std::min<int64_t>(most_inputs, m - m0);
         std::vector<std::shared_ptr<ByteInputs>> inputs(static_cast<size_t>(count));

@@ -74,10 +74,10 @@ int hfl_linear(const hfl_matrix* const* matrices, int count, const void* x, int 
     return m == 0 ? 0 : chosen->linear(matrices, count, x, type, m, stride, y, threads);
 }
 
-int hfl_linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* x_scale, int64_t m,
-                    int type, void* const* y, int threads) {
-    if (!are_valid(matrices, count) || !is_type(type) || m < 0 || (m && (!x || !x_scale)) || !y) return -1;
-    return m == 0 ? 0 : chosen->linear_int8(matrices, count, x, x_scale, m, type, y, threads);
+int hfl_linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* x_scale,
+                    int64_t x_groups, int64_t m, int type, void* const* y, int threads) {
+    if (!are_valid(matrices, count) || !is_type(type) || x_groups < 1 || m < 0 || (m && (!x || !x_scale)) || !y) return -1;
+    return m == 0 ? 0 : chosen->linear_int8(matrices, count, x, x_scale, x_groups, m, type, y, threads);
 }
 
 int hfl_multiplies_int8(const hfl_matrix* matrix) { return is_valid(matrix) && chosen->multiplies_int8(matrix); }

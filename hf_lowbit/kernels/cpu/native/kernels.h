@@ -6,7 +6,8 @@ struct Kernels {
     const char* name;
     bool (*runs_here)();
     int (*linear)(const hfl_matrix* const*, int, const void*, int, int64_t, int64_t, void* const*, int);
-    int (*linear_int8)(const hfl_matrix* const*, int, const int8_t*, const float*, int64_t, int, void* const*, int);
+    int (*linear_int8)(const hfl_matrix* const*, int, const int8_t*, const float*, int64_t, int64_t, int, void* const*,
+                       int);
     int (*multiplies_int8)(const hfl_matrix*);
     int (*multiplies_in_registers)(const hfl_matrix*);
     int (*has_matrix_unit)(const hfl_matrix*, int);

@@ -45,10 +45,10 @@ HFL_API int hfl_use(const char* name);
 HFL_API int hfl_linear(const hfl_matrix* const* matrices, int count, const void* x, int type, int64_t m, int64_t stride,
                void* const* y, int threads);
 
-// As hfl_linear for int8 codes x [m, columns] (-127..127) with one float32 scale per row; integer sums per group.
-// Returns -1 where hfl_multiplies_int8 is 0.
-HFL_API int hfl_linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* x_scale, int64_t m,
-                    int type, void* const* y, int threads);
+// As hfl_linear for int8 codes x [m, columns] (-127..127) with float32 scales [m, x_groups]: one per row of x, or as many
+// as every matrix has groups; integer sums per group. Returns -1 where hfl_multiplies_int8 is 0.
+HFL_API int hfl_linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* x_scale,
+                    int64_t x_groups, int64_t m, int type, void* const* y, int threads);
 HFL_API int hfl_multiplies_int8(const hfl_matrix* matrix);
 
 // Whether hfl_linear decodes this layout in registers; otherwise it decodes a row at a time, several times slower.
