@@ -55,7 +55,7 @@ def allocate(options: Sequence[Sequence[Option]], budget: int) -> list[int]:
     largest = sum(max(option.bits for option in choices) for choices in options)
     if budget < smallest:
         raise AllocationError(f"a budget of {budget} bits cannot be met: the options need {smallest} to {largest}")
-    useful = [_undominated(choices) for choices in options]
+    useful = [undominated(choices) for choices in options]
     limit = budget
     while True:
         picks = _solve(options, useful, limit)
@@ -115,7 +115,7 @@ def _spend_rest(
         picks[i] = k
 
 
-def _undominated(choices: Sequence[Option]) -> list[int]:
+def undominated(choices: Sequence[Option]) -> list[int]:
     """Options that no other one beats in both size and loss, the smallest first."""
     kept: list[int] = []
     for index in sorted(range(len(choices)), key=lambda i: choices[i]):

@@ -87,6 +87,48 @@ class Magnitude:
         return self._largest
 
 
+class SecondMoment:
+    """Mean of x^2 of every channel, float32 ``[channels]``: the diagonal of :class:`Hessian` (QERA-approx)."""
+
+    def __init__(self, channels: int, device: torch.device | None = None) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(channels, device=device)
+
+    def update(self, x: Tensor) -> None:
+        self.tokens += x.shape[0]
+        self._sum += x.square().sum(0)
+
+    def summed(self) -> list[Tensor]:
+        return [self._sum]
+
+    def largest(self) -> list[Tensor]:
+        return []
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean x^2."""
+        return self._sum / max(1, self.tokens)
+
+
+class BatchMagnitude:
+    """The largest over batches of a channel's mean |x|, float32 ``[channels]`` (L2QER)."""
+
+    def __init__(self, channels: int, device: torch.device | None = None) -> None:
+        self.tokens = 0
+        self.maximum = torch.zeros(channels, device=device)
+
+    def update(self, x: Tensor) -> None:
+        self.tokens += x.shape[0]
+        if x.shape[0]:
+            self.maximum = torch.maximum(self.maximum, x.abs().mean(0))
+
+    def summed(self) -> list[Tensor]:
+        return []
+
+    def largest(self) -> list[Tensor]:
+        return [self.maximum]
+
+
 class Extremes:
     """Least and largest x of every channel, float32 ``[channels]`` (OmniQuant's shifts)."""
 

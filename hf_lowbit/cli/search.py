@@ -32,6 +32,13 @@ def search_command(
         float, typer.Option(help="The most that may be stored for the quantized layers, scales included.")
     ] = 3.25,
     candidates: Annotated[str, typer.Option(help="Bits to choose from.")] = "2,3,4,8",
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="Ranks of a low-rank branch to choose from as well, as 0,8,16,32: they share the budget with bits.",
+            show_default="none",
+        ),
+    ] = None,
     metric: Annotated[
         str,
         typer.Option(
@@ -69,13 +76,14 @@ def search_command(
         config = build_config(
             method, config_file, {"group_size": group_size, "format": number_format}, assignments or []
         )
-        bits = _parse_candidates(candidates)
+        bits = _parse_numbers("--candidates", candidates, "bits", "2,3,4,8")
+        chosen_ranks = None if ranks is None else _parse_numbers("--ranks", ranks, "ranks", "0,8,16,32")
         check_model(model)
         _check_output(output)
         check_data(data)
-        result = _search(model, config, data, bits_per_weight, bits, metric, fuse)
+        result = _search(model, config, data, bits_per_weight, bits, metric, fuse, chosen_ranks)
         output.write_text(json.dumps(result.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        calibrates = method_of(config).make_recipe(config).calibrate is not None
+        calibrates = method_of(config).make_recipe(result.config).calibrate is not None
         seconds = time.monotonic() - started
     if json_output:
         print_json({**result.to_dict(), "model": model, "output": str(output), "command_seconds": seconds})
@@ -92,7 +100,14 @@ def search_command(
 
 
 def _search(
-    model: str, config: LowbitConfig, data: str, budget: float, bits: list[int], metric: str, fuse: bool
+    model: str,
+    config: LowbitConfig,
+    data: str,
+    budget: float,
+    bits: list[int],
+    metric: str,
+    fuse: bool,
+    ranks: list[int] | None,
 ) -> SearchResult:
     from torch import nn
 
@@ -108,17 +123,17 @@ def _search(
     if not isinstance(loaded, nn.Module):
         raise RequestError(f"{model} is a pipeline: search the bits of one of its models with hf_lowbit.search")
     try:
-        return search(loaded, config, data, budget, bits, metric, fuse=fuse)
+        return search(loaded, config, data, budget, bits, metric, fuse=fuse, ranks=ranks)
     except (AllocationError, SensitivityError) as error:
         raise RequestError(str(error)) from None
 
 
-def _parse_candidates(text: str) -> list[int]:
+def _parse_numbers(option: str, text: str, what: str, example: str) -> list[int]:
     from hf_lowbit.cli.errors import RequestError
 
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise RequestError(f"--candidates takes bits separated by commas, such as 2,3,4,8, not {text!r}")
+        raise RequestError(f"{option} takes {what} separated by commas, such as {example}, not {text!r}")
     return [int(part) for part in parts]
 
 
@@ -137,12 +152,15 @@ def _table(result: SearchResult) -> Table:
     widths = sorted({bits for group in result.groups for bits in group.losses})
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("layers", overflow="fold")
-    for column in ("weights", "bits", *(f"loss at {bits}" for bits in widths)):
+    ranked = ["rank"] if any(group.ranks for group in result.groups) else []
+    for column in ("weights", "bits", *ranked, *(f"loss at {bits}" for bits in widths)):
         table.add_column(column, justify="right")
     for group in result.groups:
         losses = [f"{group.losses[bits]:.2g}" if bits in group.losses else "" for bits in widths]
         chosen = f"{group.bits} (given)" if group.fixed else str(group.bits)
-        table.add_row(escape(_group_name(group.layers)), f"{group.elements:,}", chosen, *losses)
+        ranks = list(group.ranks.values())
+        shown = [", ".join(map(str, ranks[:1] if len(set(ranks)) == 1 else ranks))] if ranked else []
+        table.add_row(escape(_group_name(group.layers)), f"{group.elements:,}", chosen, *shown, *losses)
     return table
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_lowbit.calibration.block import Block
 from hf_lowbit.calibration.matrices import Matrix
@@ -20,8 +20,6 @@ from hf_lowbit.rounding.clip import fit_clipped
 from hf_lowbit.rounding.gptq import GPTQResult, gptq
 from hf_lowbit_auto.config import AutoLowbitConfig
 from hf_lowbit_auto.number_formats import chooser
-
-_SEARCHED = 4  # batches that bits are chosen on
 
 
 def make_recipe(config: AutoLowbitConfig) -> Recipe:
@@ -55,14 +53,10 @@ def choose_bits(model: nn.Module, config: AutoLowbitConfig, batches: Sequence[di
     Raises:
         AllocationError: a budget that the candidates cannot meet.
     """
-    from hf_lowbit.search import search  # it stands above what a recipe needs otherwise
+    from hf_lowbit.search import on_batches, search  # it stands above what a recipe needs otherwise
 
     assert config.bits_per_weight is not None
-    data = list(batches[:_SEARCHED])
-    samples = sum(max(len(value) for value in batch.values() if isinstance(value, Tensor)) for batch in data)
-    asked = config.copy_with_data(data)
-    asked.num_samples = samples
-    result = search(model, asked, None, config.bits_per_weight, config.candidates)
+    result = search(model, on_batches(config, batches), None, config.bits_per_weight, config.candidates)
     config.overrides = result.config.overrides
     layers = Counter(group.bits for group in result.groups for _ in group.layers)
     shares = ", ".join(f"{layers[bits]} with {bits} bits" for bits in sorted(layers))

@@ -54,3 +54,10 @@ def test_nothing_useful_is_left_unspent() -> None:
     assert sum(allocate(options, 12 + 4)) == 4
     assert allocate(options, 12 + 4)[0] == 1
     assert allocate(options, 12 + 6) == [1] * 6
+
+
+def test_a_budget_that_allows_less_may_lie_above_the_largest_size() -> None:
+    assert budget_bits(9.6, SIZES, 10, allows_less=True) == 95
+    assert budget_bits(9.4, SIZES, 10, allows_less=True) == 94
+    with pytest.raises(AllocationError, match=r"5\.4 bits per weight cannot be reached"):
+        budget_bits(5.4, SIZES, 10, allows_less=True)

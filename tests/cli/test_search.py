@@ -45,6 +45,8 @@ def test_terminal_output_lists_groups(run: Run, llama: Path, text: Path, tmp_pat
         (["--bits-per-weight", "1"], "2.5 to 8.5 bits per weight"),
         (["--bits-per-weight", "9"], "2.5 to 8.5 bits per weight"),
         (["--candidates", "2,x"], "--candidates takes bits separated by commas"),
+        (["--ranks", "0,x"], "--ranks takes ranks separated by commas"),
+        (["--ranks", "0,2", "--metric", "kl"], "use 'hessian' for ranks"),
         (["--candidates", "4,11"], "the candidate of 11 bits cannot be"),
         (["--metric", "guess"], "unknown metric 'guess'; known: hessian, output, kl"),
         (["--output", "nowhere/a.json"], "there is no folder 'nowhere'"),
@@ -64,3 +66,14 @@ def test_an_existing_file_is_kept(run: Run, llama: Path, text: Path, tmp_path: P
     result = run("search", llama, "--method", "rtn", "--data", text, *SMALL, "--output", tmp_path / "a.json")
     assert result.exit_code == 2 and "exists already" in result.stderr
     assert (tmp_path / "a.json").read_text() == "mine"
+
+
+def test_ranks_share_the_budget(run: Run, llama: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "joint.json"
+    options = ("--bits-per-weight", 3.5, "--candidates", "2,3", "--ranks", "0,2,4", "--output", output)
+    result = run("search", llama, "--method", "rtn", "--data", text, *SMALL, *options)
+    assert result.exit_code == 0, result.stderr
+    assert "rank" in result.stdout and f"hf-lowbit quantize {llama} --config {output} --data" in result.stdout
+    found = json.loads(output.read_text())
+    assert found["low_rank"]["metric"] == "full"
+    assert {fields["low_rank"] for fields in found["overrides"].values()} <= {0, 2, 4}

@@ -1,21 +1,22 @@
 """search_bits(): mixed precision, the bits of every layer that lose least within a budget of bits per weight.
 
 Each group of layers is measured alone at each candidate, losses add up, and an integer program chooses (HAWQ-V3, arXiv
-2011.10680; MixDQ, arXiv 2405.17873). What is found is a config: its overrides give the bits, and any weight method
+2011.10680; MixDQ, arXiv 2405.17873); with ranks, it spends the same budget on low-rank repair too (LQ-LoRA, arXiv
+2311.12023, chooses formats so). What is found is a config: its overrides give bits and ranks, and any weight method
 quantizes with it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from hf_lowbit.allocation import GroupSize, Option, allocate, budget_bits, select_exactly, stored_sizes
+from hf_lowbit.allocation import GroupSize, Option, allocate, budget_bits, combined, select_exactly, stored_sizes
 from hf_lowbit.calibration.data import CalibrationData, prepare_data
 from hf_lowbit.calibration.divergence import group_divergences
 from hf_lowbit.calibration.fusing import fused_groups, merged, tied_groups
@@ -23,12 +24,13 @@ from hf_lowbit.calibration.sensitivity import Sensitivity, block_losses, measure
 from hf_lowbit.calibration.store import default_limit
 from hf_lowbit.calibration.substitution import Rounding
 from hf_lowbit.config import ConfigError, LowbitConfig
-from hf_lowbit.integrations.loading import model_facts, processing_of
+from hf_lowbit.integrations.loading import processing_of
 from hf_lowbit.method import method_of
-from hf_lowbit.plan import PlannedLayer, build_plan
 from hf_lowbit.plan.patterns import first_match
 from hf_lowbit.rounding import round_to_nearest
-from hf_lowbit.state import shared_weights, state_of
+from hf_lowbit.search.options import Options, alike, gives_rank, options_of, options_with_ranks, widths
+from hf_lowbit.search.result import GroupChoice, SearchResult
+from hf_lowbit.state import state_of
 
 logger = logging.getLogger("hf_lowbit")
 
@@ -37,64 +39,6 @@ METRICS = {
     "output": "mean squared error of each layer's output",
     "kl": "KL divergence of the model's predictions with one group rounded",
 }
-
-
-@dataclass(frozen=True)
-class GroupChoice:
-    """Layers that share their bits.
-
-    Attributes:
-        layers: their names.
-        bits: what was chosen.
-        fixed: whether the config's own overrides left no choice.
-        elements: weights in them.
-        stored_bits: codes, scales, zero points, tables and low-rank factors.
-        loss: at these bits.
-        losses: bits -> loss, of every candidate.
-    """
-
-    layers: tuple[str, ...]
-    bits: int
-    fixed: bool
-    elements: int
-    stored_bits: int
-    loss: float
-    losses: dict[int, float]
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
-
-    Attributes:
-        config: the given one, with the bits as overrides.
-        metric: of :data:`METRICS`.
-        budget: in bits per weight.
-        groups: in the order of the model.
-        notes: layer -> why its loss could not be measured on its inputs.
-    """
-
-    config: LowbitConfig
-    metric: str
-    budget: float
-    groups: list[GroupChoice]
-    notes: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """What is stored for the quantized layers, over their weights: what a report of the result will say."""
-        return sum(group.stored_bits for group in self.groups) / sum(group.elements for group in self.groups)
-
-    @property
-    def loss(self) -> float:
-        """Sum over groups."""
-        return sum(group.loss for group in self.groups)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        values = {"metric": self.metric, "budget": self.budget, "bits_per_weight": self.bits_per_weight}
-        groups = [asdict(group) for group in self.groups]
-        return {**values, "loss": self.loss, "groups": groups, "notes": self.notes, "config": self.config.to_dict()}
 
 
 def search_bits(
@@ -119,11 +63,13 @@ def search(
     candidates: Sequence[int] = (2, 3, 4, 8),
     metric: str = "hessian",
     *,
+    ranks: Sequence[int] | None = None,
     fuse: bool = True,
     rounding: str = "nearest",
     kl_samples: int = 4,
+    allows_less: bool = False,
 ) -> SearchResult:
-    """Find the bits of every layer. The model is only read.
+    """Find the bits of every layer, and the rank of its low-rank branch. The model is only read.
 
     Args:
         model: float, on one device.
@@ -136,13 +82,19 @@ def search(
             (:func:`hf_lowbit.calibration.sensitivity.output_losses`), or "kl": KL(float || rounded) of the next token,
             with one group rounded (ZeroQ's sensitivity, arXiv 2001.00281): most faithful, and one forward of
             ``kl_samples`` samples for every group and candidate.
-        fuse: layers that kernels run as one share bits (:func:`hf_lowbit.calibration.fusing.fused_groups`).
+        ranks: of low-rank branches, to choose from, 0 for none; those above a layer's smaller side are left out. Bits
+            and ranks share the budget. A config without ``low_rank`` gets one of the metric "full"; layers whose rank
+            its overrides give keep it. None: the config's own rank, everywhere.
+        fuse: layers that kernels run as one share bits (:func:`hf_lowbit.calibration.fusing.fused_groups`); each has a
+            rank of its own.
         rounding: what a candidate's error is measured with: "nearest", or "method": the method's data-free rounding,
             slower where it searches. An exponent that the method searches is always found by the method.
         kl_samples: samples of the metric "kl".
+        allows_less: a budget above what the largest candidates store is no error.
 
     Returns:
-        The choice, and the config with it. Errors of activations and the repair by low-rank factors are not measured.
+        The choice, and the config with it. Errors of activations are not measured; nor, by the metric "kl", is the
+        repair by low-rank factors.
 
     Raises:
         AllocationError: a budget that the candidates cannot meet; before the data is read.
@@ -152,11 +104,16 @@ def search(
         RoundingError: a weight that cannot be rounded.
     """
     _check(model, metric, candidates, rounding, kl_samples)
-    options = _options(model, config, sorted(set(candidates)))
+    if metric == "kl" and ranks is not None:
+        raise ConfigError("the metric 'kl' does not measure what low-rank factors repair: use 'hessian' for ranks")
+    if ranks is None:
+        options = options_of(model, config, sorted(set(candidates)))
+    else:
+        config, options = options_with_ranks(model, config, sorted(set(candidates)), ranks)
     tied = tied_groups(model, {name: planned[0] for name, planned in options.items()})
     sizes = [stored_sizes(model, group, options) for group in tied]
     elements = sum(size.elements for size in sizes)
-    budget = budget_bits(bits_per_weight, [size.bits for size in sizes], elements)
+    budget = budget_bits(bits_per_weight, [size.bits for size in sizes], elements, allows_less)
     recipe_rounding = method_of(config).make_recipe(config).rounding
     chosen_rounding = recipe_rounding if rounding == "method" or _is_open(options) else round_to_nearest
     was_training = model.training
@@ -166,16 +123,17 @@ def search(
         groups = tied
         if fuse:
             fused = fused_groups(model, {name: planned[0] for name, planned in options.items()}, calibration.batches[0])
-            groups = merged(tied, [part for group in fused for part in _alike(group, options)])
-        losses, notes = _measure(model, groups, options, calibration, metric, chosen_rounding)
+            groups = merged(tied, [part for group in fused for part in alike(group, options)])
+        losses, notes = _measure(model, tied, options, groups, calibration, config, metric, chosen_rounding)
     finally:
         model.train(was_training)
-    sizes = [stored_sizes(model, group, options) for group in groups]
-    priced = zip(sizes, losses, strict=True)
-    picks = allocate([[Option(*option) for option in zip(size.bits, own, strict=True)] for size, own in priced], budget)
+    units = {group[0]: _Unit(group, size, own) for group, size, own in zip(tied, sizes, losses, strict=True)}
+    joined = [[units[name] for name in group if name in units] for group in groups]
+    fronts = [_front(group, options) for group in joined]
+    picks = allocate([[choice for choice, _ in front] for front in fronts], budget)
     found = [
-        _choice(group, options, size, own, pick)
-        for group, size, own, pick in zip(groups, sizes, losses, picks, strict=True)
+        _choice(group, options, front[pick][1], ranks is not None)
+        for group, front, pick in zip(joined, fronts, picks, strict=True)
     ]
     order = list(options)
     found.sort(key=lambda choice: order.index(choice.layers[0]))
@@ -201,37 +159,33 @@ def _check(model: nn.Module, metric: str, candidates: Sequence[int], rounding: s
         raise ConfigError("part of this model is offloaded or on the meta device; load it whole")
 
 
-def _options(model: nn.Module, config: LowbitConfig, candidates: Sequence[int]) -> dict[str, list[PlannedLayer]]:
-    """Layer -> what it becomes at each candidate, or the one thing that it becomes at all of them."""
-    facts = model_facts(model, shared_weights(model))
-    plans = []
-    for bits in candidates:
-        try:
-            plans.append(build_plan(model, replace(config, bits=bits, plan=None), facts))
-        except ConfigError as problem:
-            raise ConfigError(f"the candidate of {bits} bits cannot be: {problem}") from None
-    for warning in plans[0].warnings:
-        logger.warning(warning)
-    if differing := set.union(*(set(plan.layers) ^ set(plans[0].layers) for plan in plans)):
-        raise ConfigError(
-            f"{min(differing)} is quantized at some candidates only: layers that share a weight need the same overrides"
-        )
-    each = {name: [plan.layers[name] for plan in plans] for name in plans[0].layers}
-    return {name: planned if len(set(planned)) > 1 else planned[:1] for name, planned in each.items()}
-
-
-def _is_open(options: Mapping[str, Sequence[PlannedLayer]]) -> bool:
+def _is_open(options: Options) -> bool:
     return any(layer.spec.weight.is_open for planned in options.values() for layer in planned)
 
 
-def _alike(group: Sequence[str], options: Mapping[str, Sequence[PlannedLayer]]) -> list[list[str]]:
-    """A group's parts whose layers have the same bits to choose from."""
-    parts: dict[tuple[int, ...], list[str]] = {}
-    for name in group:
-        parts.setdefault(tuple(layer.spec.weight.bits for layer in options[name]), []).append(name)
-    return [
-        part for bits, names in parts.items() for part in ([names] if len(bits) > 1 else [[name] for name in names])
-    ]
+class _Unit(NamedTuple):
+    """Layers that share a weight: most are alone."""
+
+    layers: Sequence[str]
+    size: GroupSize
+    losses: list[float]
+
+
+def _front(group: Sequence[_Unit], options: Options) -> list[tuple[Option, tuple[int, ...]]]:
+    """What a group can become, with the candidate of each of its units: the same bits, and any ranks."""
+    front = []
+    for bits in widths(options[group[0].layers[0]]):
+        own = [
+            [index for index, layer in enumerate(options[unit.layers[0]]) if layer.spec.weight.bits == bits]
+            for unit in group
+        ]
+        choices = [
+            [Option(unit.size.bits[index], unit.losses[index]) for index in indices]
+            for unit, indices in zip(group, own, strict=True)
+        ]
+        for total, picks in combined(choices):
+            front.append((total, tuple(indices[pick] for indices, pick in zip(own, picks, strict=True))))
+    return front
 
 
 def _prepare(model: nn.Module, config: LowbitConfig, data: Any, most: int | None) -> CalibrationData:
@@ -251,49 +205,66 @@ def _prepare(model: nn.Module, config: LowbitConfig, data: Any, most: int | None
 
 def _measure(
     model: nn.Module,
+    units: Sequence[Sequence[str]],
+    options: Options,
     groups: Sequence[Sequence[str]],
-    options: Mapping[str, Sequence[PlannedLayer]],
     data: CalibrationData,
+    config: LowbitConfig,
     metric: str,
     rounding: Rounding,
 ) -> tuple[list[list[float]], dict[str, str]]:
-    """The losses of every group at each candidate, and what could not be measured."""
+    """The losses of every unit at each candidate, and what could not be measured."""
     if metric == "kl":
-        return group_divergences(model, groups, options, data.batches, rounding), {}
+        found_kl = group_divergences(model, groups, options, data.batches, rounding)
+        owner = {name: losses for group, losses in zip(groups, found_kl, strict=True) for name in group[:1]}
+        return [owner.get(unit[0], [0.0] * len(options[unit[0]])) for unit in units], {}
     measure: Callable[..., Any] = block_losses if metric == "hessian" else output_losses
-    found: Sensitivity = measure_layers(model, options, data.batches, measure, rounding, default_limit())
+    low_rank = "identity" if config.low_rank is None else config.low_rank.metric
+    found: Sensitivity = measure_layers(model, options, data.batches, measure, rounding, default_limit(), low_rank)
     for name, why in found.notes.items():
         logger.warning("%s: %s; the error of its weights counts instead", name, why)
-    return [
-        [sum(of) for of in zip(*(found.losses[name] for name in group), strict=True)] for group in groups
-    ], found.notes
+    return [[sum(of) for of in zip(*(found.losses[name] for name in unit), strict=True)] for unit in units], found.notes
 
 
 def _choice(
-    group: Sequence[str],
-    options: Mapping[str, Sequence[PlannedLayer]],
-    size: GroupSize,
-    losses: list[float],
-    pick: int,
+    group: Sequence[_Unit],
+    options: Options,
+    picks: Sequence[int],
+    ranked: bool,
 ) -> GroupChoice:
-    bits = [layer.spec.weight.bits for layer in options[group[0]]]
+    losses: dict[int, float] = {}
+    for bits in widths(options[group[0].layers[0]]):
+        least = 0.0
+        for unit in group:
+            least += next(
+                loss
+                for layer, loss in zip(options[unit.layers[0]], unit.losses, strict=True)
+                if layer.spec.weight.bits == bits
+            )
+        losses[bits] = least
+    chosen = {name: options[name][pick].spec for unit, pick in zip(group, picks, strict=True) for name in unit.layers}
     return GroupChoice(
-        tuple(group),
-        bits[pick],
-        len(bits) == 1,
-        size.elements,
-        size.bits[pick],
-        losses[pick],
-        dict(zip(bits, losses, strict=True)),
+        tuple(chosen),
+        next(iter(chosen.values())).weight.bits,
+        len(losses) == 1,
+        sum(unit.size.elements for unit in group),
+        sum(unit.size.bits[pick] for unit, pick in zip(group, picks, strict=True)),
+        sum(unit.losses[pick] for unit, pick in zip(group, picks, strict=True)),
+        losses,
+        {name: spec.low_rank for name, spec in chosen.items()} if ranked else {},
     )
 
 
 def _with_overrides(config: LowbitConfig, groups: Sequence[GroupChoice], names: Sequence[str]) -> LowbitConfig:
-    """The config with the bits of every group, before its own overrides, whose other fields they keep."""
+    """The config with bits and ranks of every group, before its own overrides, whose other fields they keep."""
     given = config.overrides or {}
     chosen: dict[str, dict[str, Any]] = {}
     for group in groups:
-        for name in group.layers if not group.fixed else ():
-            pattern = first_match(given, name)
-            chosen[name] = {**(given[pattern] if pattern else {}), "bits": group.bits}
+        for name in group.layers:
+            new = {} if group.fixed else {"bits": group.bits}
+            if name in group.ranks and not gives_rank(config, name):
+                new["low_rank"] = group.ranks[name]
+            if new:
+                pattern = first_match(given, name)
+                chosen[name] = {**(given[pattern] if pattern else {}), **new}
     return replace(config, overrides={**select_exactly(chosen, names), **given}, plan=None)
