@@ -75,6 +75,16 @@ def grid_of_range(low: Tensor, high: Tensor, spec: WeightSpec, number_format: Nu
     return _centred_grid(low, high, spec, number_format)
 
 
+def shifted_grid(scale: Tensor, shift: Tensor, spec: WeightSpec) -> Grid:
+    """The grid, with real zero points, whose table is multiplied by ``scale`` and moved by ``shift`` ``[n, groups]``.
+
+    Raises:
+        RoundingError: a scale or zero point that ``spec.scale_dtype`` cannot hold.
+    """
+    scale = _as_stored(scale, spec)
+    return Grid(scale, _stored_zero_point(-shift / nonzero(scale), spec))
+
+
 def is_laid_on_the_range(number_format: NumberFormat) -> bool:
     """True where the extremes of a group decide its grid; ternary and one bit go by mean magnitudes."""
     return number_format.name != "ternary" and not (number_format.name == "int" and number_format.bits == 1)
