@@ -3,7 +3,19 @@
 Importing this package loads neither torch nor transformers; commands import what they need when they run.
 """
 
-from hf_lowbit.cli import dequantize, evaluate, export, inspection, methods, plot, push, quantize, quickstart, search
+from hf_lowbit.cli import (
+    dequantize,
+    evaluate,
+    export,
+    finetune,
+    inspection,
+    methods,
+    plot,
+    push,
+    quantize,
+    quickstart,
+    search,
+)
 from hf_lowbit.cli.app import app
 
 __all__ = [
@@ -11,6 +23,7 @@ __all__ = [
     "dequantize",
     "evaluate",
     "export",
+    "finetune",
     "inspection",
     "main",
     "methods",
@@ -22,7 +35,19 @@ __all__ = [
 ]
 
 # In help texts, the order in which a newcomer meets them.
-_ORDER = ("quickstart", "methods", "quantize", "search", "inspect", "evaluate", "plot", "dequantize", "export", "push")
+_ORDER = (
+    "quickstart",
+    "methods",
+    "quantize",
+    "search",
+    "inspect",
+    "evaluate",
+    "plot",
+    "finetune",
+    "dequantize",
+    "export",
+    "push",
+)
 app.registered_commands.sort(key=lambda registered: _ORDER.index(registered.name or ""))
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hf_lowbit.nn import LayerSpec
     from hf_lowbit.reporting import Report
 
-_COMPANION = re.compile(r"_((scale|zero_point)(_range)?|table|low_rank_[ab]|(transform|exact)_[a-z_0-9]+)$")
+_COMPANION = re.compile(r"_((scale|zero_point)(_range)?|table|low_rank_[ab](_scale)?|(transform|exact)_[a-z_0-9]+)$")
 _CONFIG_FILES = ("config.json", "lowbit_config.json")
 
 
@@ -217,7 +217,7 @@ def _elements(tensors: dict[str, StoredTensor], name: str, spec: LayerSpec) -> i
         ranges = tensors.get(f"{name}_scale_range")  # [..., groups, 2] where scales are codes
         groups = tensors[f"{name}_scale"].shape[-1] if ranges is None else ranges.shape[-2]
         return rows * groups * spec.weight.group_size
-    if f"{name}_low_rank_a" in tensors:
+    if f"{name}_low_rank_a" in tensors and spec.factor_bits == 16:
         return rows * tensors[f"{name}_low_rank_a"].shape[-1]
     per_word = 20 if spec.weight.packing == "base3" else 32 / spec.weight.bits
     return int(rows * tensors[name].shape[-1] * per_word)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from hf_lowbit.integrations.compat import peft as compat
+from hf_lowbit.integrations.peft_compensation import trainable_compensation
 from hf_lowbit.integrations.peft_layers import LORA_LAYERS, PackedLoraLinear
 from hf_lowbit.nn import PackedConv1D, PackedModule
 from hf_lowbit.state import state_of
 
-_Model = TypeVar("_Model", bound=nn.Module)
 
-
-def prepare_for_training(model: _Model, gradient_checkpointing: bool = True) -> _Model:
+def prepare_for_training(model: Any, gradient_checkpointing: bool = True, train_compensation: bool = False) -> Any:
     """Prepare a quantized model for training adapters on it; call it before ``get_peft_model`` or ``add_adapter``.
 
     Unlike PEFT's ``prepare_model_for_kbit_training`` it leaves bfloat16 and float32 as they are: norms compute in
@@ -25,12 +24,16 @@ def prepare_for_training(model: _Model, gradient_checkpointing: bool = True) -> 
     Args:
         model: of transformers or diffusers, or a PEFT model around one; changed in place.
         gradient_checkpointing: recompute activations in backward instead of keeping them, without reentrance.
+        train_compensation: train the adapter that repairs the rounding (``low_rank`` with keep="adapter"), as LoftQ
+            (arXiv 2310.08659) initialises fine-tuning, instead of a new one beside it.
 
     Returns:
-        The same model, in which nothing but adapters requires gradients.
+        The same model, in which nothing but adapters requires gradients. With ``train_compensation`` a transformers
+        model comes back as a PEFT model, ready for ``Trainer``; ``model.get_base_model().save_pretrained(folder)``
+        then saves packed weights and trained adapter for ``from_pretrained(folder)``.
 
     Raises:
-        ValueError: the model is not quantized by hf_lowbit, or cannot checkpoint gradients.
+        ValueError: the model is not quantized by hf_lowbit, cannot checkpoint gradients, or has no compensation.
     """
     if state_of(model) is None:
         raise ValueError("prepare_for_training is for models quantized by hf_lowbit; this one is not")
@@ -42,7 +45,7 @@ def prepare_for_training(model: _Model, gradient_checkpointing: bool = True) -> 
             tensor.data = tensor.data.float()
     if gradient_checkpointing:
         _checkpoint_gradients(model)
-    return model
+    return trainable_compensation(model) if train_compensation else model
 
 
 def _is_adapter(name: str) -> bool:

@@ -42,6 +42,12 @@ def from_name(text: str, request: Request) -> CalibrationData:
     Raises:
         DataError: the package datasets is absent, the dataset cannot be loaded, or `from_dataset` refuses it.
     """
+    dataset, shown, lines = open_dataset(text)
+    return from_dataset(dataset, request, f"dataset {shown}", lines=lines)
+
+
+def open_dataset(text: str) -> tuple[Any, str, bool]:
+    """A dataset by its id, its name for people, and whether its rows are lines of one text. See :func:`from_name`."""
     match = _SPEC.fullmatch(text)
     assert match is not None  # by is_dataset_name
     name, default = _LINES.get(match["name"], (match["name"], None))
@@ -57,7 +63,7 @@ def from_name(text: str, request: Request) -> CalibrationData:
             "A dataset is named as name, org/name or a folder, with :config and @split where they are needed"
         ) from error
     shown = os.path.basename(os.path.normpath(text)) if os.path.isdir(match["name"]) else text
-    return from_dataset(dataset, request, f"dataset {shown}", lines=name in {known for known, _ in _LINES.values()})
+    return dataset, shown, name in {known for known, _ in _LINES.values()}
 
 
 def from_dataset(
@@ -81,7 +87,7 @@ def from_dataset(
         raise DataError(f"the dataset's rows cannot be decoded: {error}") from error
     if first is None:
         raise DataError("the dataset has no rows")
-    column = _column(first, getattr(request.model, "main_input_name", None))
+    column = text_column(first, getattr(request.model, "main_input_name", None))
     described = description or f"{type(dataset).__name__}, column {column!r}"
     if column == "audio":
         return from_recordings(_rows(dataset, request), request, described)
@@ -92,7 +98,8 @@ def from_dataset(
     return from_texts(texts, request, described, lines=lines, max_windows=_SURPLUS * request.num_samples)
 
 
-def _column(row: Mapping[str, Any], main_input: str | None) -> str:
+def text_column(row: Mapping[str, Any], main_input: str | None) -> str:
+    """The column that data is taken from, by the first row and the model's main input. Raises DataError for none."""
     if "audio" in row and main_input != "input_ids":
         return "audio"
     for name in ("input_ids", "text", "content"):

@@ -19,6 +19,17 @@ def read_texts(path: Path) -> list[str]:
     Raises:
         DataError: another kind of file, one that cannot be read, or one with anything else in it.
     """
+    records = read_records(path)
+    texts: list[Any] = [record.get("text") if isinstance(record, dict) else record for record in records]
+    for index, text in enumerate(texts):
+        if text is None:
+            raise DataError(f"{path.name}: record {index} has no field 'text'")
+    check_texts(texts, f"{path.name}: text")
+    return texts
+
+
+def read_records(path: Path) -> list[Any]:
+    """What a file of :func:`read_texts` lists, whatever it is. Raises DataError for one that is no such file."""
     suffix = path.suffix.lower()
     if suffix not in TEXT_SUFFIXES:
         raise DataError(f"{path.name}: a file with texts ends with {', '.join(TEXT_SUFFIXES)}")
@@ -29,12 +40,7 @@ def read_texts(path: Path) -> list[str]:
         raise DataError(f"{path.name} cannot be read as {suffix} text: {error}") from error
     if not isinstance(records, list):
         raise DataError(f"{path.name} must hold a list of strings, or of records with a field 'text'")
-    texts: list[Any] = [record.get("text") if isinstance(record, dict) else record for record in records]
-    for index, text in enumerate(texts):
-        if text is None:
-            raise DataError(f"{path.name}: record {index} has no field 'text'")
-    check_texts(texts, f"{path.name}: text")
-    return texts
+    return records
 
 
 def _parse(content: str, suffix: str) -> Any:

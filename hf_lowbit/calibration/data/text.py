@@ -37,7 +37,7 @@ def from_texts(
     check_length(request.sequence_length, request.model)
     tokenizer = load_tokenizer(request)
     limit = None if max_windows is None else max_windows * request.sequence_length
-    windows = cut(_join(tokenizer, texts, lines, limit), request.sequence_length, _token_id(tokenizer, "bos"))
+    windows = cut(join_ids(tokenizer, texts, lines, limit), request.sequence_length, _token_id(tokenizer, "bos"))
     unit = f"windows of {request.sequence_length} tokens"
     chosen = request.choose(len(windows), unit, "give more text, or lower num_samples or sequence_length")
     rows = windows[chosen]
@@ -70,7 +70,7 @@ def cut(ids: Sequence[int] | Tensor, sequence_length: int, bos_token_id: int | N
     return torch.cat([torch.full((count, 1), bos_token_id), windows], dim=1)
 
 
-def _join(tokenizer: Any, texts: Iterable[str], lines: bool, limit: int | None) -> list[int]:
+def join_ids(tokenizer: Any, texts: Iterable[str], lines: bool, limit: int | None) -> list[int]:
     """Token ids of the joined texts, at most about ``limit`` of them."""
     eos = None if lines else _token_id(tokenizer, "eos")
     separator = "" if lines or eos is not None else "\n\n"

@@ -1,0 +1,1 @@
+"""Training adapters on packed layers."""
