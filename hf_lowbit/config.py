@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_lowbit.formats import ActivationSpec, SpecError, WeightSpec
+from hf_lowbit.config_parts import ConfigError, LowRankConfig, TuningConfig, check_absorbs, check_field_names
+from hf_lowbit.formats import SpecError, WeightSpec
+from hf_lowbit.formats.activation import ACTIVATION_FIELDS, activation_of, inherited_fields
 from hf_lowbit.formats.number_format import default_bits
 from hf_lowbit.formats.spec import GroupSize
 from hf_lowbit.kernels import why_not
@@ -17,18 +18,15 @@ from hf_lowbit.nn import LayerSpec
 from hf_lowbit.plan import PlanError, check_entries
 from hf_lowbit.plan.patterns import check_patterns, first_match
 
+__all__ = ["ConfigError", "LowRankConfig", "LowbitConfig", "MethodName", "TuningConfig"]
+
 FORMAT_VERSION = 1
 _FORMAT_FIELDS = (
     "format", "bits", "group_size", "symmetric", "scale_dtype", "packing", "exponent", "codebook", "real_zero_point",
     "scale_bits", "scale_group",
 )  # fmt: skip
-_ACTIVATION_FIELDS = ("activation_bits", "activation_format", "activation_symmetric")
 _RUNTIME_FIELDS = ("dataset",)  # never written: a config holds no data
 _STORED_FIELDS = ("plan", "provenance")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be: unknown or out-of-range fields. Raised before any weight is read."""
 
 
 class MethodName(str):
@@ -38,55 +36,6 @@ class MethodName(str):
     def value(self) -> str:
         """The plain string."""
         return str(self)
-
-
-@dataclass(frozen=True)
-class LowRankConfig:
-    """Low-rank compensation of the rounding error: W is replaced by Q(W) + B A.
-
-    Attributes:
-        rank: r of A ``[r, in]`` and B ``[out, r]``.
-        metric: what the truncated SVD minimises; "identity" is the error's Frobenius norm (ZeroQuant-V2's LoRC, arXiv
-            2303.08302), which needs no data.
-        keep: "branch": inside the packed layer, saved and reloaded with it; "adapter": a PEFT adapter, attached at
-            once and saved beside the packed base in ``lowbit_adapter/``.
-    """
-
-    rank: int = 32
-    metric: str = "identity"
-    keep: str = "branch"
-
-    def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ConfigError(f"low_rank.rank must be a positive integer, not {self.rank!r}")
-        if self.metric != "identity":
-            raise ConfigError(f"low_rank.metric={self.metric!r} is not supported; supported: 'identity'")
-        if self.keep not in ("branch", "adapter"):
-            raise ConfigError(f"low_rank.keep={self.keep!r} is not supported; supported: 'branch', 'adapter'")
-
-
-@dataclass(frozen=True)
-class TuningConfig:
-    """End-to-end tuning after a calibrated method: scales and norms are trained until the quantized model predicts what
-    the float one did (:mod:`hf_lowbit.calibration.tuning`). Codes stay, and nothing is added to the file.
-
-    Attributes:
-        epochs: passes over the calibration data.
-        learning_rate: of Adam, for the logarithm of each scale and for norms relative to their size.
-        samples: of each step.
-    """
-
-    epochs: int = 2
-    learning_rate: float = 1e-3
-    samples: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "samples"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ConfigError(f"tuning.{name} must be a positive integer, not {getattr(self, name)!r}")
-        rate = self.learning_rate
-        if type(rate) not in (int, float) or not 0 < rate < 1:
-            raise ConfigError(f"tuning.learning_rate must lie between 0 and 1, not {rate!r}")
 
 
 _PARTS = {"low_rank": LowRankConfig, "tuning": TuningConfig}  # fields that are configs themselves
@@ -100,14 +49,19 @@ class LowbitConfig(QuantizationConfigMixin):
         format, bits, group_size, symmetric, scale_dtype, packing, exponent, codebook, real_zero_point, scale_bits,
             scale_group: the weights' number format and granularity (:class:`hf_lowbit.formats.WeightSpec`); bits=None
             takes the format's own width.
-        activation_bits, activation_format: dynamic per-token quantization of inputs: 4, 6 or 8 bits of "int"
-            (the default format when bits are given), or "float8_e4m3fn". None: full precision.
-        activation_symmetric: False: 4 or 6 bits with a zero point per token. An override that changes the width to 8
+        activation_bits, activation_format: quantization of inputs: 4, 6 or 8 bits of "int" (the default format when
+            bits are given), or "float8_e4m3fn", by default with a scale per token, made as it comes. None: full
+            precision.
+        activation_symmetric: False: 4 or 6 bits with a zero point per scale. An override that changes the width to 8
             bits, or the format, goes back to True.
+        activation_group_size: g inputs of a token share a scale; None: all of them.
+        activation_static: one scale for each layer's input, found on calibration data and stored.
+        activation_percentile: static scales cover this share of |input|, in percent, and clip the rest (Quamba, arXiv
+            2410.13229); 100 covers the largest.
         quantize_embeddings, quantize_lm_head: also pack these; either one packs both where they are tied.
         modules_to_not_convert: names or regular expressions of modules that stay in full precision.
-        overrides: {name or regular expression: {field: value}} for formats and activations of single modules; the
-            first pattern that matches counts.
+        overrides: {name or regular expression: {field: value}} for formats, activations and the rank ("low_rank", 0 for
+            none) of single modules; the first pattern that matches counts.
         strict_groups: refuse groups that do not divide a layer's input instead of taking the largest divisor.
         low_rank: compensation of the rounding error, or None.
         tuning: end-to-end tuning of scales and norms after a method that calibrates, or None.
@@ -121,6 +75,7 @@ class LowbitConfig(QuantizationConfigMixin):
     quant_method: ClassVar[MethodName] = MethodName("lowbit")  # type: ignore[misc,assignment]
     codes_scales: ClassVar[bool] = False  # whether the method fits its codes to scales that are codes too (scale_bits)
     searches_exponent: ClassVar[bool] = False  # whether the method finds the exponent of "power" where none is given
+    fits_rank: ClassVar[bool] = False  # whether layers smaller than the rank go without a branch, and are not refused
 
     format: str = "int"
     bits: int | None = None
@@ -136,6 +91,9 @@ class LowbitConfig(QuantizationConfigMixin):
     activation_bits: int | None = None
     activation_format: str | None = None
     activation_symmetric: bool = True
+    activation_group_size: int | None = None
+    activation_static: bool = False
+    activation_percentile: float = 100.0
     quantize_embeddings: bool = False
     quantize_lm_head: bool = False
     modules_to_not_convert: list[str] | None = None
@@ -168,10 +126,11 @@ class LowbitConfig(QuantizationConfigMixin):
             check_patterns((*(self.modules_to_not_convert or ()), *(self.overrides or ())))
             self._layer_spec({})
             for pattern, values in (self.overrides or {}).items():
-                unknown = sorted(set(values) - set(_FORMAT_FIELDS) - set(_ACTIVATION_FIELDS))
-                if unknown:
-                    allowed = ", ".join((*_FORMAT_FIELDS, *_ACTIVATION_FIELDS))
-                    raise ConfigError(f"overrides[{pattern!r}] cannot set {', '.join(unknown)}; it can set {allowed}")
+                allowed = (*_FORMAT_FIELDS, *ACTIVATION_FIELDS, "low_rank")
+                if unknown := sorted(set(values) - set(allowed)):
+                    fields_ = ", ".join(allowed)
+                    raise ConfigError(f"overrides[{pattern!r}] cannot set {', '.join(unknown)}; it can set {fields_}")
+                self._rank(values)
                 self._layer_spec(values)
             if self.plan is not None:
                 check_entries(self.plan)
@@ -198,8 +157,8 @@ class LowbitConfig(QuantizationConfigMixin):
             raise ConfigError(f"{type(self).__name__}: provenance must be a dictionary, not {self.provenance!r}")
         if type(self.seed) is not int:
             raise ConfigError(f"{type(self).__name__}: seed must be an integer, not {self.seed!r}")
-        flags = ("symmetric", "real_zero_point", "activation_symmetric", "quantize_embeddings", "quantize_lm_head")
-        for name in (*flags, "strict_groups"):
+        flags = ("symmetric", "real_zero_point", "activation_symmetric", "activation_static", "strict_groups")
+        for name in (*flags, "quantize_embeddings", "quantize_lm_head"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{type(self).__name__}: {name} must be True or False, not {getattr(self, name)!r}")
         for name in ("num_samples", "sequence_length"):
@@ -207,8 +166,7 @@ class LowbitConfig(QuantizationConfigMixin):
                 raise ConfigError(
                     f"{type(self).__name__}: {name} must be a positive integer, not {getattr(self, name)!r}"
                 )
-        if not self.activation_symmetric and self.activation_bits is None and self.activation_format is None:
-            raise ConfigError(f"{type(self).__name__}: activation_symmetric=False needs activation_bits=4 or 6")
+        self._check_activations()
         if reason := why_not(self.backend):
             raise ConfigError(f"{type(self).__name__}: {reason}")
         for name, part in _PARTS.items():
@@ -220,13 +178,57 @@ class LowbitConfig(QuantizationConfigMixin):
                 f"{type(self).__name__}: tuning would train the model without its adapter; use low_rank keep='branch'"
             )
 
+    def _check_activations(self) -> None:
+        asked = self.activation_bits is not None or self.activation_format is not None
+        for name, default, needs in (
+            ("activation_symmetric", True, "activation_bits=4 or 6"),
+            ("activation_group_size", None, "activation_bits or activation_format"),
+            ("activation_static", False, "activation_bits or activation_format"),
+        ):
+            if not asked and (value := getattr(self, name)) != default:
+                raise ConfigError(f"{type(self).__name__}: {name}={value} needs {needs}")
+        percentile = self.activation_percentile
+        if type(percentile) not in (int, float) or not 0 < percentile <= 100:
+            raise ConfigError(
+                f"{type(self).__name__}: activation_percentile must lie above 0 and at most at 100, not {percentile!r}"
+            )
+        if percentile != 100 and not self.has_static_inputs:
+            raise ConfigError(
+                f"{type(self).__name__}: activation_percentile={percentile} needs activation_static=True: scales that "
+                "are made as inputs come cover all of them"
+            )
+
+    @property
+    def has_static_inputs(self) -> bool:
+        """Whether inputs of any layer are quantized with a stored scale, which takes calibration data to find."""
+        return self.activation_static or any(o.get("activation_static") for o in (self.overrides or {}).values())
+
     def layer_spec(self, name: str) -> LayerSpec:
         """The specification of the module called ``name``: the config's fields, then the first matching override's."""
         pattern = first_match(self.overrides or (), name)
         return self._layer_spec(self.overrides[pattern] if self.overrides and pattern else {})
 
+    def low_rank_of(self, name: str) -> int:
+        """The rank that the config gives the module called ``name``, wherever it is kept; 0 for none."""
+        pattern = first_match(self.overrides or (), name)
+        return self._rank(self.overrides[pattern] if self.overrides and pattern else {})
+
+    def adapter_rank(self, name: str) -> int:
+        """The same where it is kept in an adapter, else 0."""
+        return self.low_rank_of(name) if self.low_rank is not None and self.low_rank.keep == "adapter" else 0
+
+    def _rank(self, overrides: dict[str, Any]) -> int:
+        rank = overrides.get("low_rank", 0 if self.low_rank is None else self.low_rank.rank)
+        if type(rank) is not int or rank < 0:
+            raise ConfigError(f"low_rank of an override is a rank, an integer of at least 0, not {rank!r}")
+        if rank and self.low_rank is None:
+            raise ConfigError(
+                f"an override has low_rank={rank}, and the config none: give it low_rank=LowRankConfig(...)"
+            )
+        return rank
+
     def _layer_spec(self, overrides: dict[str, Any]) -> LayerSpec:
-        values = {name: getattr(self, name) for name in (*_FORMAT_FIELDS, *_ACTIVATION_FIELDS)}
+        values = {name: getattr(self, name) for name in (*_FORMAT_FIELDS, *ACTIVATION_FIELDS)}
         if overrides.get("format", self.format) != self.format:  # parameters of another format do not carry over
             values.update(exponent=None, codebook=None, packing="dense", real_zero_point=False)
             values["bits"] = default_bits(overrides["format"], overrides.get("codebook"))
@@ -234,26 +236,23 @@ class LowbitConfig(QuantizationConfigMixin):
             values["real_zero_point"] = False
         if overrides.get("scale_bits", 0) is None:  # nor groups of scales where they are plain
             values["scale_group"] = 16
-        if overrides.get("activation_bits") == 8 or "activation_format" in overrides:  # nor that of inputs
-            values["activation_symmetric"] = True
-        values.update(overrides)
+        values.update(inherited_fields(overrides))  # nor parts of how inputs are quantized
+        values.update({name: value for name, value in overrides.items() if name != "low_rank"})
         if values["format"] == "int" and values["bits"] == 1 and not values["symmetric"]:
             values["real_zero_point"] = False  # that of one bit is real anyway
-        activation_bits, activation_format, symmetric = (values.pop(name) for name in _ACTIVATION_FIELDS)
-        activation = None
-        if activation_bits is not None or activation_format is not None:
-            bits = 8 if activation_bits is None else activation_bits
-            name = "int" if activation_format is None else activation_format
-            activation = ActivationSpec("float8_e4m3fn" if name == "fp_e4m3fn" else name, bits, symmetric)
-        rank = self.low_rank.rank if self.low_rank is not None and self.low_rank.keep == "branch" else 0
+        activation = activation_of(*(values.pop(name) for name in ACTIVATION_FIELDS))
+        kept = self.low_rank if self.low_rank is not None and self.low_rank.keep == "branch" else None
+        rank, factor_bits = (0, 16) if kept is None else (self._rank(overrides), kept.factor_bits)
         weight = WeightSpec(**values)
+        if self.low_rank is not None and self.low_rank.keep == "fused" and self._rank(overrides):
+            check_absorbs(weight)
         if weight.scale_bits is not None and not self.codes_scales:
             raise SpecError(
                 f"scale_bits={weight.scale_bits}: the method keeps its scales as they are; use scale_bits=None"
             )
         if weight.is_open and not self.searches_exponent:
             weight.number_format  # noqa: B018  raises: the method cannot complete it
-        return LayerSpec(weight, activation, rank)
+        return LayerSpec(weight, activation, rank, factor_bits=factor_bits)
 
     def to_dict(self) -> dict[str, Any]:
         """What is stored: fields that differ from their defaults, format version and plan; never data."""
@@ -316,13 +315,3 @@ class LowbitConfig(QuantizationConfigMixin):
             k: v for k, v in self.to_dict().items() if k not in ("quant_method", "format_version", *_STORED_FIELDS)
         }
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-
-
-def check_field_names(cls: type, values: dict[str, Any], where: str = "") -> None:
-    """Raise ConfigError for a key of ``values`` that is no field of ``cls``, naming the closest one."""
-    known = [f.name for f in fields(cls)]
-    for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
-            raise ConfigError(f"{cls.__name__} has no field {f'{where}.' if where else ''}{name}; {hint}")

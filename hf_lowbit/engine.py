@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_lowbit.calibration.block import PackedParameter
 from hf_lowbit.calibration.checkpoint import Checkpoint, fingerprint_of, unshared
 from hf_lowbit.calibration.data import CalibrationData, prepare_data
+from hf_lowbit.calibration.low_rank import Compensation
 from hf_lowbit.calibration.parallel import processes, rank, share, wait_for_all
 from hf_lowbit.calibration.peak import predict_peak
 from hf_lowbit.calibration.predictions import Predictions
@@ -81,22 +82,24 @@ def _calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run,
     limit = default_limit()
     logger.info("%s", predict_peak(model, plan.layers, data.batches, recipe.targets, limit))
     original_bits = 8 * next(p.element_size() for p in model.parameters() if p.is_floating_point())
-    adapter_rank = config.low_rank.rank if config.low_rank is not None and config.low_rank.keep == "adapter" else 0
 
-    def pack(module: PackedModule, parameter: str, weight: Tensor, packed: PackedTensor, where: str) -> PackedParameter:
-        return pack_parameter(module, parameter, weight, packed, where, adapter_rank)
+    def pack(
+        module: PackedModule, parameter: str, weight: Tensor, packed: PackedTensor, where: str, **repair: Any
+    ) -> PackedParameter:
+        return pack_parameter(module, parameter, weight, packed, where, config.adapter_rank(where), **repair)
 
     with ExitStack() as undo, TensorStore(limit, checkpoint.folder.parent) as store:
         undo.callback(checkpoint.leave)
         if run.undo:
             undo.callback(_snapshot(model, plan))
         predictions = _predictions(model, config, data, store)
-        if recipe.prepare is not None:
-            plan = _replan(model, config, recipe.prepare(model, data.batches), undo)
+        if (notes := _prepare_model(model, config, recipe, data)) is not None:
+            plan = _replan(model, config, notes, undo)
         walk = Walk(
             model, plan.layers, recipe.calibrate, data.batches, pack,
             targets=recipe.targets, checkpoint=checkpoint, seed=config.seed, limit=limit,
-            folder=checkpoint.folder.parent,
+            folder=checkpoint.folder.parent, compensation=_compensation(config, plan),
+            rounding=recipe.rounding if recipe.rounds_each else None, percentile=config.activation_percentile,
         )  # fmt: skip
         walked = walk.run()
         if predictions is not None:
@@ -113,6 +116,25 @@ def _calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run,
     wait_for_all()
     if rank() == 0:
         checkpoint.finish()
+
+
+def _compensation(config: LowbitConfig, plan: Plan) -> Compensation:
+    """What the walk needs to know of the config's low-rank part."""
+    ranks = {name: layer.spec.low_rank or config.adapter_rank(name) for name, layer in plan.layers.items()}
+    part = config.low_rank
+    if part is None or part.keep == "fused":
+        return Compensation(ranks)
+    return Compensation(ranks, part.metric, part.iterations, transformed=part.keep == "branch")
+
+
+def _prepare_model(model: nn.Module, config: LowbitConfig, recipe: Recipe, data: CalibrationData) -> list[str] | None:
+    """What is done to the whole model, or chosen for it, before the walk: lines for the report, None for nothing."""
+    notes = None if recipe.prepare is None else recipe.prepare(model, data.batches)
+    if config.low_rank is not None and config.low_rank.budget_bits is not None:
+        from hf_lowbit.search import choose_ranks  # the solver takes time to import
+
+        notes = [*(notes or []), choose_ranks(model, config, data.batches)]
+    return notes
 
 
 def _replan(model: nn.Module, config: LowbitConfig, notes: list[str], undo: ExitStack) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -39,12 +39,15 @@ class Recipe:
         targets: whether it needs what the float model's blocks return (:meth:`Block.target`).
         prepare: rewrites the whole float model first, in place and exactly: model, batches of its arguments -> lines
             for the report. Parameters get new values as new ``data``, so that a failure can be undone; it may untie.
+        rounds_each: ``calibrate`` is a data-free method's ``rounding`` of every matrix: the platform sets it where
+            something else, a low-rank part, needs the data.
     """
 
     rounding: Callable[[Tensor, WeightSpec], PackedTensor] = _round_to_nearest
     calibrate: Callable[[Block], None] | None = None
     targets: bool = False
     prepare: Callable[[nn.Module, Sequence[dict[str, Any]]], list[str]] | None = None
+    rounds_each: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,22 @@ class Method:
             )
 
     def make_recipe(self, config: LowbitConfig) -> Recipe:
-        """Import the method's algorithm and build its recipe for a config."""
+        """Import the method's algorithm and build its recipe for a config.
+
+        That of a data-free method calibrates where the config's low-rank part, or scales of inputs, depend on data;
+        with a low-rank part that is fused, blocks are corrected before the method sees them.
+        """
         module, _, attribute = self.recipe.partition(":")
         recipe: Recipe = getattr(importlib.import_module(module), attribute)(config)
+        reads_inputs = config.low_rank is not None and config.low_rank.needs_data
+        if recipe.calibrate is None and (reads_inputs or config.has_static_inputs):
+            from hf_lowbit.calibration.low_rank import round_each
+
+            recipe = replace(recipe, calibrate=round_each(recipe.rounding), rounds_each=True)
+        if config.low_rank is not None and config.low_rank.keep == "fused" and recipe.calibrate is not None:
+            from hf_lowbit.calibration.correction import corrected_first
+
+            recipe = replace(recipe, calibrate=corrected_first(recipe.calibrate, config.low_rank_of), targets=True)
         return recipe
 
 

@@ -141,7 +141,7 @@ def _quantize_module(model: nn.Module, config: LowbitConfig, recipe: Recipe, run
         logger.warning(warning)
     originals = {name: model.get_submodule(name) for name in plan.layers}
     outcome = Outcome()
-    adapter_rank = config.low_rank.rank if config.low_rank is not None and config.low_rank.keep == "adapter" else 0
+    iterations = 1 if config.low_rank is None else config.low_rank.iterations
     try:
         install(model, plan, packed=False)
         quantized: dict[int, PackedModule] = {}
@@ -151,7 +151,8 @@ def _quantize_module(model: nn.Module, config: LowbitConfig, recipe: Recipe, run
                 if (owner := quantized.setdefault(id(weight), module)) is not module:
                     _share(owner, module, parameter)
                     continue
-                quantize_parameter(module, parameter, weight, recipe, name, outcome, adapter_rank)
+                rank = config.adapter_rank(name)
+                quantize_parameter(module, parameter, weight, recipe, name, outcome, rank, iterations)
                 quantized[id(weight)] = module
         finish_quantization(model, config, plan, outcome, time.monotonic() - started)
     except BaseException:  # an interrupt or a lack of memory must not leave half a model either

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowbit.kernels import kernel_of, multiplies_integers
+from hf_lowbit.kernels import arithmetic, kernel_of
 from hf_lowbit.nn import LayerSpec, PackedModule
 
 REPORT_FILE = "lowbit_report.json"
@@ -25,7 +25,7 @@ class LayerReport:
         kind: kind of packed module.
         format, bits, group_size, symmetric, low_rank: what it was packed to.
         activation: format of its quantized input, or None.
-        arithmetic: how it multiplies: "decoded", "int8" or "float (decoded)".
+        arithmetic: how it multiplies: "decoded", "int8", "float (decoded)" or "simulated".
         kernel: what multiplies a few tokens with it, and decodes it for larger convolutions, on this machine: "cpu",
             "cpu, row by row" (slower) or "torch"; with ", scales decoded" where scales are codes (slower, too).
         elements: weights in it; 0 for a parameter that shares another's storage.
@@ -144,10 +144,8 @@ def describe(model: nn.Module, method: str) -> Report:
 
 
 def arithmetic_of(spec: LayerSpec) -> str:
-    """How a layer multiplies: "decoded" weights; "int8" codes; or "float (decoded)" for quantized inputs."""
-    if spec.activation is None:
-        return "decoded"
-    return "int8" if multiplies_integers(spec.weight, spec.activation) else "float (decoded)"
+    """How a layer multiplies: see :func:`hf_lowbit.kernels.sliced.arithmetic`."""
+    return arithmetic(spec.weight, spec.activation)
 
 
 def peak_memory_bytes() -> int | None:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.calibration.block import PackedParameter
+from hf_lowbit.calibration.low_rank import Compensation
 from hf_lowbit.compensation import low_rank_factors
+from hf_lowbit.compensation.stacked import Weighting, encoded_factors, stacked_factors
 from hf_lowbit.formats import PackedTensor, decode
 from hf_lowbit.method import Recipe
 from hf_lowbit.nn import PackedModule
-from hf_lowbit.nn.base import expand_low_rank
+from hf_lowbit.nn.factors import expand_low_rank
 from hf_lowbit.rounding import relative_error
 
 _float_weights: ContextVar[dict[str, Tensor] | None] = ContextVar("float_weights", default=None)
@@ -58,7 +60,14 @@ def keep_float_weights() -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def quantize_parameter(
-    module: PackedModule, name: str, weight: Tensor, recipe: Recipe, where: str, outcome: Outcome, adapter_rank: int = 0
+    module: PackedModule,
+    name: str,
+    weight: Tensor,
+    recipe: Recipe,
+    where: str,
+    outcome: Outcome,
+    adapter_rank: int = 0,
+    iterations: int = 1,
 ) -> None:
     """Round a float parameter and put the packed one in its place.
 
@@ -69,13 +78,17 @@ def quantize_parameter(
         recipe: of the method.
         where: the module's full name, for messages.
         outcome: receives the error and, with ``adapter_rank``, the factors of an adapter.
+        iterations: of rounding and low-rank factors in turns, where the layer has some.
 
     Raises:
         QuantizationError: the recipe refused the weight, or the rank exceeds it.
     """
+    rank = module.layer_spec.low_rank or adapter_rank
+    compensation = Compensation({where: rank}, iterations=iterations)
     try:
         matrix = module.to_matrix(name, weight)
-        packed = recipe.rounding(module.without_exact(name, matrix), module.layer_spec.weight)
+        target = compensation.target(module.without_exact(name, matrix), module, name, where, recipe.rounding, None)
+        packed = recipe.rounding(target, module.layer_spec.weight)
         if module.layer_spec.exact is not None:  # a merged weight: what was kept exact stays so
             module.fit_exact(name, matrix, decode(packed))
     except ValueError as problem:
@@ -89,11 +102,23 @@ def quantize_parameter(
 
 @torch.no_grad()
 def pack_parameter(
-    module: PackedModule, name: str, weight: Tensor, packed: PackedTensor, where: str, adapter_rank: int = 0
+    module: PackedModule,
+    name: str,
+    weight: Tensor,
+    packed: PackedTensor,
+    where: str,
+    adapter_rank: int = 0,
+    weighting: Weighting = None,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> PackedParameter:
     """Put a packed parameter in the place of a float one, with the low-rank part of its error.
 
     The packed tensor's specification becomes the layer's: a rounding may complete it (an exponent that it searched).
+
+    Args:
+        weighting: of the layer's inputs, with which the low-rank part is solved for; of a stack, one for each matrix.
+            As the transform leaves them, where the layer has a branch; as they come, for an adapter.
+        factors: A and B of a branch that are stored instead.
 
     Returns:
         The relative error, branch included, and with ``adapter_rank`` the adapter's factors.
@@ -108,27 +133,26 @@ def pack_parameter(
     try:
         if packed.spec != module.layer_spec.weight:
             module.layer_spec = replace(module.layer_spec, weight=packed.spec)
-        rank = module.layer_spec.low_rank or adapter_rank
-        if rank:
+        spec, branches = module.layer_spec, module.branches(name)
+        if spec.low_rank and factors is not None:
+            module.set_low_rank_factors(name, *encoded_factors(*factors, spec.factor_bits, branches))
+        elif spec.low_rank:
             difference = _difference(module, name, matrix, packed)
-            transform = module.layer_spec.transform
-            if transform is not None and not module.layer_spec.low_rank:  # an adapter reads the input as it comes
-                difference = transform.folded(difference, module.transform_tensors(name))
-            a, b = _stacked_factors(difference, rank, module.branches(name))
-            if module.layer_spec.low_rank:
-                module.set_low_rank_factors(name, a, b)
-            else:
-                adapter = (a, b)
+            solved = stacked_factors(difference, spec.low_rank, spec.factor_bits, branches, weighting)
+            module.set_low_rank_factors(name, *solved)
+        elif factors is not None:
+            raise ValueError("its method has low-rank factors for it, and its specification no low_rank")
+        elif adapter_rank:
+            difference = _difference(module, name, matrix, packed)
+            if spec.transform is not None:  # an adapter reads the input as it comes
+                difference = spec.transform.folded(difference, module.transform_tensors(name))
+            assert weighting is None or isinstance(weighting, Tensor)
+            adapter = low_rank_factors(difference, adapter_rank, weighting)
         module.set_packed(name, packed)
         error = _error(module, name, matrix, packed)
     except ValueError as problem:
         raise QuantizationError(f"{where}.{name}: {problem}") from None
     return PackedParameter(error, adapter)
-
-
-def _stacked_factors(error: Tensor, rank: int, branches: int) -> tuple[Tensor, Tensor]:
-    parts = [low_rank_factors(part, rank) for part in error.chunk(branches, -2)]
-    return torch.cat([a for a, _ in parts], -2), torch.cat([b for _, b in parts], -2)
 
 
 def _difference(module: PackedModule, name: str, matrix: Tensor, packed: PackedTensor) -> Tensor:

@@ -27,6 +27,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"quantize_embeddings": True, "quantize_lm_head": True, "strict_groups": True, "seed": 7},
     {"modules_to_not_convert": ("lm_head", r".*\.q"), "overrides": {"layers.0": {"bits": 8, "group_size": None}}},
     {"low_rank": LowRankConfig(8, keep="adapter")},
+    {"low_rank": LowRankConfig(8, metric="full", factor_bits=8, budget_bits=4.5), "overrides": {"q": {"low_rank": 2}}},
     {"plan": PLAN, "provenance": {"source": "org/model"}},
 ]
 every_config = pytest.mark.parametrize("values", CONFIGS, ids=lambda v: "-".join(v) or "default")
@@ -69,14 +70,22 @@ every_config = pytest.mark.parametrize("values", CONFIGS, ids=lambda v: "-".join
         ({"overrides": {"lm_head": 8}}, "overrides must be"),
         ({"overrides": {"[": {}}}, "not a valid regular expression"),
         ({"overrides": {"lm_head": {"bit": 8}}}, "cannot set bit; it can set format, bits"),
-        ({"overrides": {"lm_head": {"low_rank": 8}}}, "cannot set low_rank"),
+        ({"overrides": {"lm_head": {"low_rank": 8}}}, "and the config none: give it low_rank=LowRankConfig"),
+        ({"overrides": {"lm_head": {"low_rank": -1}}, "low_rank": {"rank": 4}}, "an integer of at least 0, not -1"),
         ({"overrides": {"lm_head": {"bits": 12}}}, "1 to 8 bits"),
         ({"overrides": {"lm_head": {"format": None}}}, "by its name"),
         ({"low_rank": 8}, "low_rank must be a LowRankConfig"),
         ({"low_rank": {"rnk": 8}}, "no field low_rank.rnk; did you mean 'rank'?"),
         ({"low_rank": {"rank": 0}}, "low_rank.rank must be a positive integer"),
-        ({"low_rank": {"metric": "diag"}}, "low_rank.metric='diag'"),
-        ({"low_rank": {"keep": "fused"}}, "low_rank.keep='fused'"),
+        ({"low_rank": {"metric": "fulll"}}, "low_rank.metric='fulll' is not supported; did you mean 'full'?"),
+        ({"low_rank": {"metric": "rxx"}}, "supported: 'identity', 'mean_abs', 'diag', 'full'"),
+        ({"low_rank": {"keep": "branches"}}, "did you mean 'branch'?"),
+        ({"low_rank": {"iterations": 0}}, "low_rank.iterations must be a positive integer"),
+        ({"low_rank": {"factor_bits": 3}}, "low_rank.factor_bits must be one of 16, 8, 4, not 3"),
+        ({"low_rank": {"factor_bits": 8, "keep": "adapter"}}, 'factor_bits=8 needs keep="branch"'),
+        ({"low_rank": {"budget_bits": 0}}, "low_rank.budget_bits must be a number of bits between 0 and 16"),
+        ({"low_rank": {"keep": "fused", "metric": "full"}}, "metric='full' has no meaning with keep=\"fused\""),
+        ({"low_rank": {"keep": "fused"}, "format": "codebook", "bits": 3}, "give codebook=[...]"),
         ({"backend": "cuda"}, "backend 'cuda' does not exist; there are: reference, cpu"),
         ({"num_samples": 0}, "num_samples must be a positive integer"),
         ({"sequence_length": 1.5}, "sequence_length must be a positive integer"),
@@ -251,3 +260,15 @@ def test_asymmetric_activations() -> None:
 
 def test_repr_shows_what_differs() -> None:
     assert repr(RTNConfig(seed=2, plan=PLAN)) == "RTNConfig(format='int', bits=4, group_size=128, seed=2)"
+
+
+def test_single_layers_have_ranks_of_their_own() -> None:
+    overrides = {"q_proj": {"low_rank": 2}, "lm_head": {"low_rank": 0, "bits": 8}, "up_proj": {"bits": 3}}
+    config = RTNConfig(low_rank=LowRankConfig(8, factor_bits=4), overrides=overrides)
+    expected = {"a.q_proj": (2, 4), "lm_head": (0, 16), "a.up_proj": (8, 4), "a.k_proj": (8, 4)}
+    specs = {name: config.layer_spec(name) for name in expected}
+    assert {name: (spec.low_rank, spec.factor_bits) for name, spec in specs.items()} == expected
+    assert [config.adapter_rank(name) for name in expected] == [0] * 4  # they are branches
+    adapter = RTNConfig(low_rank=LowRankConfig(8, keep="adapter"), overrides=overrides)
+    assert [adapter.adapter_rank(name) for name in expected] == [2, 0, 8, 8]
+    assert all(adapter.layer_spec(name).low_rank == 0 for name in expected)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_lowbit.calibration.calls import Calls
+from hf_lowbit.calibration.low_rank import UNCOMPENSATED, BlockCompensation, Compensation, Rounding
 from hf_lowbit.calibration.matrices import Matrix, inputs_of, matrices_of, why_without_inputs
 from hf_lowbit.calibration.parallel import combine
 from hf_lowbit.calibration.statistics import Hessian, Magnitude, Statistic
@@ -31,7 +32,21 @@ class PackedParameter(NamedTuple):
     adapter: tuple[Tensor, Tensor] | None = None
 
 
-Pack = Callable[[PackedModule, str, Tensor, PackedTensor, str], PackedParameter]
+class Pack(Protocol):
+    """Turns a matrix' codes into the packed parameter of its module."""
+
+    def __call__(
+        self,
+        module: PackedModule,
+        parameter: str,
+        weight: Tensor,
+        packed: PackedTensor,
+        where: str,
+        *,
+        weighting: Tensor | list[Tensor | None] | None = None,
+        factors: tuple[Tensor, Tensor] | None = None,
+    ) -> PackedParameter:
+        """See :func:`hf_lowbit.tensorwise.pack_parameter`."""
 
 
 class Block:
@@ -60,6 +75,7 @@ class Block:
         targets: list[int],
         pack: Pack,
         seed: int = 0,
+        compensation: Compensation = UNCOMPENSATED,
     ) -> None:
         self.name, self.module, self.seed = name, module, seed
         self._layers = dict(layers)
@@ -70,6 +86,8 @@ class Block:
             found = matrices_of(layer, module.get_submodule(layer), planned.kind, planned.spec)
             self.matrices.update({matrix.key: matrix for matrix in found})
         self._waiting: dict[str, PackedTensor] = {}  # until its layer is complete
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}  # likewise, a method's own
+        self._compensation = BlockCompensation(self, compensation)
         self._finished: set[str] = set()
         self.done: dict[str, PackedParameter] = {}
         self.notes: dict[str, str] = {}
@@ -128,7 +146,12 @@ class Block:
         for matrix in wanted:
             if reason := why_without_inputs(matrix):
                 self.notes.setdefault(matrix.key, reason)
-        usable = {matrix.key: matrix for matrix in wanted if matrix.key not in self.notes}
+        return self.gather(make, [matrix.key for matrix in wanted if why_without_inputs(matrix) is None])
+
+    @torch.no_grad()
+    def gather(self, make: Callable[[int, torch.device], _S], keys: Collection[str]) -> dict[str, _S]:
+        """:meth:`collect` for matrices that are float and have inputs, whatever is noted of them."""
+        usable = {key: self.matrices[key] for key in keys}
         statistics = {key: make(matrix.weight.shape[1], self.device) for key, matrix in usable.items()}
         alias: dict[str, str] = {}
         with self._listening(usable, statistics, alias) as forget:
@@ -173,9 +196,18 @@ class Block:
                 handle.remove()
 
     @torch.no_grad()
-    def pack(self, key: str, packed: PackedTensor) -> None:
-        """Take a matrix' codes. With the last matrix of a layer, the packed layer takes the float one's place."""
+    def pack(self, key: str, packed: PackedTensor, factors: tuple[Tensor, Tensor] | None = None) -> None:
+        """Take a matrix' codes. With the last matrix of a layer, the packed layer takes the float one's place.
+
+        Args:
+            factors: A ``[branches * rank, columns]`` and B ``[rows, rank]`` of a low-rank branch that the method chose.
+                Without, a layer with a rank gets those of what packing left of its weight; with a metric that needs
+                inputs, these are collected as the block's first matrix is packed.
+        """
+        self._compensation.collect()
         self._waiting[key] = packed
+        if factors is not None:
+            self._factors[key] = factors
         self._finished.add(key)
         matrix = self.matrices[key]
         parts = [other for other in self.matrices.values() if other.layer == matrix.layer]
@@ -196,20 +228,51 @@ class Block:
         matrix = self.matrices[key]
         self.pack(key, round_completely(matrix.weight, matrix.spec))
 
+    def target_of_rounding(self, key: str, rounding: Rounding) -> Tensor:
+        """What a method that rounds each matrix by itself has to round, ``[rows, columns]``: the weight, or with
+        ``iterations`` that less the low-rank factors found in turns with it.
+        """
+        matrix = self.matrices[key]
+        where, weighting = self.full_name(matrix.layer), self._compensation.weighting(matrix)
+        return self._compensation.how.target(
+            matrix.weight, matrix.skeleton, matrix.parameter, where, rounding, weighting
+        )
+
+    def full_name(self, layer: str) -> str:
+        """Of a layer, in the model."""
+        return ".".join(name for name in (self.name, layer) if name)
+
     @property
     def unpacked(self) -> list[str]:
         """Keys of the matrices that are still float."""
         return [key for key in self.matrices if key not in self._finished]
 
     def _replace(self, matrix: Matrix, parts: list[Matrix]) -> None:
-        module = matrix.skeleton
+        module, where = matrix.skeleton, self.full_name(matrix.layer)
         for parameter in module.packed_parameters:
             own = [part for part in parts if part.parameter == parameter]
+            weight = getattr(module, parameter)
+            repair = self._repair(own)
             tensors = [self._waiting.pop(part.key) for part in own]
             packed = tensors[0] if own[0].expert is None else stack(tensors)
-            where = ".".join(name for name in (self.name, matrix.layer) if name)
-            self.done[f"{where}.{parameter}"] = self._pack(module, parameter, getattr(module, parameter), packed, where)
+            self.done[f"{where}.{parameter}"] = self._pack(module, parameter, weight, packed, where, **repair)
         if matrix.layer:
             replace_module(self.module, matrix.layer, module)
         else:
             self.module = module
+
+    def _repair(self, parts: list[Matrix]) -> dict[str, Any]:
+        """The factors of a parameter that its method chose, or the weighting with which they are to be found."""
+        given = [self._factors.pop(part.key) for part in parts if part.key in self._factors]
+        stacked = parts[0].expert is not None
+        if given:
+            a, b = ([pair[index] for pair in given] for index in range(2))
+            return {"factors": (torch.stack(a), torch.stack(b)) if stacked else given[0]}
+        weightings = [self._compensation.weighting(part) for part in parts]
+        for part in parts:
+            if reason := self._compensation.why_identity(part):
+                self.note(part.key, reason)
+            self._compensation.forget(part.key)
+        if all(weighting is None for weighting in weightings):
+            return {}
+        return {"weighting": weightings if stacked else weightings[0]}

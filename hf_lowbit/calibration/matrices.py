@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_lowbit.calibration.experts import expert_inputs
+from hf_lowbit.calibration.statistics import Hessian
 from hf_lowbit.formats import WeightSpec
-from hf_lowbit.nn import KINDS, LayerSpec, PackedModule
+from hf_lowbit.nn import KINDS, LayerSpec, PackedLinear, PackedModule
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,15 @@ def why_without_inputs(matrix: Matrix) -> str | None:
     if getattr(module, "groups", 1) != 1:
         return "a convolution of several groups has no one input matrix"
     return None
+
+
+def as_read(matrix: Matrix, statistic: Hessian) -> Tensor:
+    """The mean of x x^T over what the matrix multiplies: the transformed input, where its layer transforms it."""
+    hessian, layer = statistic.matrix, matrix.skeleton
+    if not isinstance(layer, PackedLinear) or layer.layer_spec.transform is None:
+        return hessian
+    mixed = layer.transformed(layer.transformed(hessian).t())
+    return (mixed + mixed.t()) / 2
 
 
 def inputs_of(module: nn.Module, kind: str, args: Any, kwargs: Any) -> Iterator[tuple[str, int | None, Tensor]]:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Collection
 from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from hf_lowbit.calibration.block import Block
-from hf_lowbit.calibration.matrices import Matrix
+from hf_lowbit.calibration.matrices import Matrix, as_read
 from hf_lowbit.calibration.statistics import Hessian
 from hf_lowbit.formats import PackedTensor
-from hf_lowbit.nn import PackedLinear
 from hf_lowbit.rounding.gptq import CholeskyError
+
+__all__ = ["Rounded", "as_read", "round_second_order"]
 
 _S = TypeVar("_S", bound=Hessian)
 
@@ -57,12 +57,3 @@ def round_second_order(
         if result.damping > damping:
             block.note(key, f"its Hessian needed damping={result.damping:g}")
         block.pack(key, result.packed)
-
-
-def as_read(matrix: Matrix, statistic: Hessian) -> Tensor:
-    """The mean of x x^T over what the matrix multiplies: the transformed input, where its layer transforms it."""
-    hessian, layer = statistic.matrix, matrix.skeleton
-    if not isinstance(layer, PackedLinear) or layer.layer_spec.transform is None:
-        return hessian
-    mixed = layer.transformed(layer.transformed(hessian).t())
-    return (mixed + mixed.t()) / 2

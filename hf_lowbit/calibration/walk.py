@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from hf_lowbit.calibration.block import Block, Pack, PackedParameter
 from hf_lowbit.calibration.calls import Calls
 from hf_lowbit.calibration.checkpoint import Checkpoint
+from hf_lowbit.calibration.low_rank import UNCOMPENSATED, Compensation, Rounding
 from hf_lowbit.calibration.parallel import agree, rank, share, wait_for_all
 from hf_lowbit.calibration.progress import Progress
 from hf_lowbit.calibration.stacks import layers_of
+from hf_lowbit.calibration.static_inputs import set_static_inputs, with_dynamic_inputs
 from hf_lowbit.calibration.store import TensorStore
 from hf_lowbit.calibration.units import Unit, advance, find_units, tables_of, weight_of, without_cache
-from hf_lowbit.nn import KINDS, LayerSpec
+from hf_lowbit.formats import PackedTensor
+from hf_lowbit.nn import KINDS, LayerSpec, PackedModule
 from hf_lowbit.plan import PlannedLayer, packed_modules, replace_module
 from hf_lowbit.rounding.power import round_completely
 
@@ -57,6 +60,9 @@ class Walk:
         seed: handed to blocks.
         limit: bytes of activations kept in memory; None for no limit.
         folder: where the rest goes; None for the system's folder for temporary files.
+        compensation: low-rank, of every layer.
+        rounding: of a method that rounds each matrix by itself, for layers that no data reaches; by default to nearest.
+        percentile: of |input| that stored scales of inputs cover.
     """
 
     def __init__(
@@ -72,10 +78,15 @@ class Walk:
         seed: int = 0,
         limit: int | None = None,
         folder: Path | None = None,
+        compensation: Compensation = UNCOMPENSATED,
+        rounding: Rounding | None = None,
+        percentile: float = 100.0,
     ) -> None:
         self.model, self.layers, self.step, self.pack = model, dict(layers), step, pack
+        self.percentile = percentile
         self.batches = share([without_cache(model, batch) for batch in batches])
         self.targets, self.checkpoint, self.seed, self.limit, self.folder = targets, checkpoint, seed, limit, folder
+        self.compensation, self.rounding = compensation, rounding
         self.walked = Walked()
 
     @torch.no_grad()
@@ -99,7 +110,7 @@ class Walk:
         for name, layer in tables.items():
             weight = weight_of(self.model, name)
             if id(weight) not in owners:
-                owners[id(weight)] = self._round(name, layer, "an embedding, or tied to one: rounded to nearest")
+                owners[id(weight)] = self._round(name, layer, "an embedding, or tied to one")
                 continue
             module = KINDS[layer.kind].from_float(self.model.get_submodule(name), layer.spec)
             for key in module.companion_shapes("weight"):
@@ -108,21 +119,34 @@ class Walk:
 
     def _round(self, name: str, layer: PlannedLayer, reason: str) -> nn.Module:
         """Round a layer without calibration."""
-        module = KINDS[layer.kind].from_float(self.model.get_submodule(name), layer.spec)
+        spec = with_dynamic_inputs(layer.spec)
+        module = KINDS[layer.kind].from_float(self.model.get_submodule(name), spec)
+        consequences = [] if self.rounding is not None else ["rounded to nearest"]
+        if spec != layer.spec:
+            consequences.append("its inputs take dynamic scales")
+        if self.compensation.metric != "identity" and self.compensation.ranks.get(name):
+            consequences.append("its low-rank part takes metric='identity'")
         for parameter in module.packed_parameters:
             weight = getattr(module, parameter)
-            packed = round_completely(module.to_matrix(parameter, weight), module.layer_spec.weight)
+            packed = self._rounded(module, parameter, module.to_matrix(parameter, weight), name)
             self.walked.parameters[f"{name}.{parameter}"] = self.pack(module, parameter, weight, packed, name)
-            self.walked.notes[f"{name}.{parameter}"] = reason
+            if consequences:
+                self.walked.notes[f"{name}.{parameter}"] = f"{reason}: {', '.join(consequences)}"
         replace_module(self.model, name, module)
         return module
+
+    def _rounded(self, module: PackedModule, parameter: str, matrix: Tensor, name: str) -> PackedTensor:
+        spec = module.layer_spec.weight
+        if self.rounding is None:
+            return round_completely(matrix, spec)
+        return self.rounding(self.compensation.target(matrix, module, parameter, name, self.rounding, None), spec)
 
     def _units(self) -> list[Unit]:
         """The units; layers that the data does not reach are rounded at once."""
         found = find_units(self.model, self.layers, self.batches)
         self.walked.layer_by_layer += found.layer_by_layer
         for layer in found.uncalled:
-            self._round(layer, self.layers.pop(layer), "not called on the calibration data: rounded to nearest")
+            self._round(layer, self.layers.pop(layer), "not called on the calibration data")
         if self.walked.layer_by_layer:
             logger.info("outside chains of blocks, calibrated one by one: %s", ", ".join(self.walked.layer_by_layer))
         return found.units
@@ -140,7 +164,9 @@ class Walk:
             layers = {
                 layer[len(name) + 1 :]: self.layers[layer] for layer in layers_of(name, self.layers)
             }  # "" is the block itself
-            block = Block(name, module, layers, calls, index, store, inputs, targets, self.pack, self.seed)
+            block = Block(
+                name, module, layers, calls, index, store, inputs, targets, self.pack, self.seed, self.compensation
+            )
             restored = self.checkpoint.load(name) if self.checkpoint is not None else None
             wait_for_all()  # before any process can have written this block
             if restored is None:
@@ -162,6 +188,7 @@ class Walk:
         self.step(block)
         for key in block.unpacked:
             block.round_to_nearest(key, block.notes.get(key, "the method left it: rounded to nearest"))
+        set_static_inputs(block, self.percentile)
         for tensor in block.module.state_dict().values():
             agree(tensor)
 

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_lowbit.integrations.adapters import ADAPTER
+from hf_lowbit.integrations.adapter_base import record_base
+from hf_lowbit.integrations.adapters import ADAPTER, adapted_layers
 from hf_lowbit.integrations.origin import hub_origin
 from hf_lowbit.nn import CorruptWeightError
 
@@ -76,6 +77,7 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     tensors = {f"{_PEFT_PREFIX}{key}": _smallest(value) for key, value in state.items()}
     save_file(tensors, target / _WEIGHTS_FILE, metadata={"format": "pt"})
+    record_base(target, {name: layer.get_base_layer() for name, layer in adapted_layers(model).items()})
 
 
 def name_base(folder: Path, base: str) -> None:

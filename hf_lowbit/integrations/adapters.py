@@ -23,6 +23,30 @@ from hf_lowbit.nn import CorruptWeightError
 from hf_lowbit.plan import replace_modules
 
 ADAPTER = "lowbit"  # the name of the compensation adapter: it belongs to the packed weights
+_MARK = "(?#lowbit compensation)"  # a comment, as regular expressions have them
+
+
+def marked(names: list[str], ranks: dict[str, int]) -> dict[str, int]:
+    """A LoraConfig's rank_pattern (or alpha_pattern) that also says that its adapter is the compensation.
+
+    PEFT keeps the pattern through saving and training, so that the adapter is known under whatever name it is loaded.
+
+    Args:
+        names: of the adapted modules, at least one.
+        ranks: module -> rank.
+    """
+    return {f"{_MARK}{name}" if name == names[0] else name: ranks[name] for name in names}
+
+
+def is_compensation(config: Any) -> bool:
+    """Whether a LoraConfig is that of the compensation, or of an adapter trained from it."""
+    return any(key.startswith(_MARK) for key in getattr(config, "rank_pattern", None) or {})
+
+
+def rank_of(config: Any, name: str) -> int:
+    """What :func:`marked` says of a module."""
+    rank: int = config.rank_pattern.get(name, config.rank_pattern.get(f"{_MARK}{name}", config.r))
+    return rank
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
@@ -44,7 +68,7 @@ def adapter_names(model: nn.Module) -> set[str]:
 
 
 def inject(model: nn.Module, config: Any, tensors: dict[str, Tensor]) -> None:
-    """Put the compensation adapter on a model: active, frozen, in the model's own type.
+    """Put the compensation adapter on a model: active, frozen, in the model's own type, or float32 as it was trained.
 
     PEFT freezes the rest of the model, as it does under any first adapter, and leaves it as it is under later ones.
 
@@ -81,7 +105,8 @@ def inject(model: nn.Module, config: Any, tensors: dict[str, Tensor]) -> None:
             if stored is None or stored.shape != expected.shape:
                 found = "missing" if stored is None else f"of shape {tuple(stored.shape)}"
                 raise CorruptWeightError(f"{name}.{key} is {found}; the model needs {tuple(expected.shape)}")
-            setattr(owner, leaf, nn.Parameter(stored.to(device, dtype), requires_grad=False))
+            own_dtype = torch.float32 if stored.dtype == torch.float32 else dtype
+            setattr(owner, leaf, nn.Parameter(stored.to(device, own_dtype), requires_grad=False))
 
 
 @contextmanager

@@ -10,17 +10,34 @@ from hf_lowbit.method import Method, Recipe
 
 
 def check_has_data(method: Method, config: LowbitConfig) -> None:
-    """Raise ConfigError for a config that has its method calibrate, and no data; or tunes what does not calibrate."""
-    calibrates = method.make_recipe(config).calibrate is not None
+    """Raise ConfigError for a config that calibrates without data, or that asks for what its method cannot do."""
+    recipe = method.make_recipe(config)
+    calibrates, low_rank = recipe.calibrate is not None, config.low_rank
     if config.tuning is not None and not calibrates:
         raise ConfigError(
             f"tuning needs a method that calibrates, which {method.name!r} does not, configured like this"
         )
+    if low_rank is not None and low_rank.iterations > 1 and calibrates and not recipe.rounds_each:
+        raise ConfigError(
+            f"low_rank.iterations={low_rank.iterations} rounds every weight anew, less its low-rank part, which "
+            f"{method.name!r} cannot: it chooses codes once, from what a whole block reads. Use iterations=1, or a "
+            "method that rounds each matrix by itself, such as 'rtn' or 'hqq'"
+        )
     if config.dataset is None and calibrates:
         raise ConfigError(
-            f"the method {method.name!r} needs calibration data: pass dataset=... in its config (data=... of "
-            "hf_lowbit.quantize), or dataset='self' to calibrate on text that the model generates itself"
+            f"{_what_needs_data(method, config, recipe)} needs calibration data: pass dataset=... in its config "
+            "(data=... of hf_lowbit.quantize), or dataset='self' to calibrate on text that the model generates itself"
         )
+
+
+def _what_needs_data(method: Method, config: LowbitConfig, recipe: Recipe) -> str:
+    if not recipe.rounds_each:
+        return f"the method {method.name!r}"
+    if config.low_rank is not None and config.low_rank.needs_data:
+        part = config.low_rank
+        name = "keep" if part.keep == "fused" else "metric" if part.metric != "identity" else "budget_bits"
+        return f"low_rank.{name}={getattr(part, name)!r}"
+    return "activation_static=True"
 
 
 def calibrate_loaded(model: nn.Module, config: LowbitConfig, recipe: Recipe) -> None:

@@ -30,11 +30,10 @@ def formats(layers: list[LayerReport]) -> str:
     for (name, bits, group, symmetric, activation, rank), members in groups.items():
         kind = f"{name}, {bits} bits{'' if symmetric else ', asymmetric'}{f', low rank {rank}' if rank else ''}"
         granularity = {None: "per row", "tensor": "per tensor"}.get(group, f"groups of {group}")
-        size = f"{sum(layer.packed_bytes for layer in members):,}"
-        rows.append(
-            f"| {_names(layer.name for layer in members)} | {kind} | {granularity} | {activation or 'full precision'} "
-            f"| {size} | {_error(members)} |"
-        )
+        inputs = "full precision" if activation is None else activation
+        inputs += ", simulated" if members[0].arithmetic == "simulated" else ""
+        names, size = _names(layer.name for layer in members), f"{sum(layer.packed_bytes for layer in members):,}"
+        rows.append(f"| {names} | {kind} | {granularity} | {inputs} | {size} | {_error(members)} |")
     return "\n".join(rows)
 
 

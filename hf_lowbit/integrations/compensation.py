@@ -13,8 +13,9 @@ from importlib.util import find_spec
 from torch import Tensor, nn
 
 from hf_lowbit.config import LowbitConfig
+from hf_lowbit.integrations.adapter_base import check_base
 from hf_lowbit.integrations.adapter_files import FOLDER, find_adapter, read_adapter
-from hf_lowbit.integrations.adapters import ADAPTER, inject
+from hf_lowbit.integrations.adapters import ADAPTER, inject, is_compensation, marked, rank_of
 from hf_lowbit.nn import CorruptWeightError, PackedConv1d, PackedConv2d, PackedEmbedding, PackedModule
 from hf_lowbit.plan import packed_modules
 from hf_lowbit.state import QuantizationState
@@ -52,8 +53,12 @@ def attach_compensation(model: nn.Module, state: QuantizationState) -> None:
             targets[name] = a.shape[0]
     from peft import LoraConfig
 
-    rank = max(targets.values())
-    inject(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), inference_mode=True), tensors)
+    rank = max(targets.values())  # alpha = r everywhere: PEFT multiplies B A by alpha / r
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=list(targets), inference_mode=True,
+        rank_pattern=marked(list(targets), targets), alpha_pattern=marked(list(targets), targets),
+    )  # fmt: skip
+    inject(model, config, tensors)
     state.adapters = {}
 
 
@@ -86,12 +91,24 @@ def load_compensation(model: nn.Module, source: str | None) -> None:
         )
         return
     config, stored = read_adapter(folder)
-    tensors = _renamed(stored, model)
+    names = _names_in(model, stored)
+    tensors = {
+        f"{names[stem]}{separator}{rest}": tensor
+        for key, tensor in stored.items()
+        for stem, separator, rest in [key.partition(".lora_")]
+        if stem in names
+    }
     if not tensors:
         raise CorruptWeightError(
             f"the compensation adapter in {folder} is another model's: no module of it is in this one"
         )
-    config.target_modules = sorted({key.partition(".lora_")[0] for key in tensors})
+    modules = packed_modules(model)
+    check_base(folder, {stem: modules[name] for stem, name in names.items()})
+    config.target_modules = sorted(names.values())
+    if is_compensation(config):  # one that a user put there himself keeps its own scaling
+        ranks = {name: rank_of(config, stem) for stem, name in names.items()}
+        config.rank_pattern = marked(config.target_modules, ranks)
+        config.alpha_pattern = marked(config.target_modules, ranks)
     config.inference_mode, config.base_model_name_or_path = True, None
     inject(model, config, tensors)
 
@@ -106,14 +123,13 @@ def _as_lora(module: PackedModule, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     return {"lora_A.weight": a, "lora_B.weight": b}
 
 
-def _renamed(stored: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The tensors by the names of this model, which may lack the head of the saved one, or have another."""
+def _names_in(model: nn.Module, stored: dict[str, Tensor]) -> dict[str, str]:
+    """Stored module name -> that in this model, which may lack the head of the saved one, or have another."""
     prefix = f"{getattr(model, 'base_model_prefix', '') or ''}."
     names = set(packed_modules(model))
-    tensors = {}
-    for key, tensor in stored.items():
-        stem, separator, rest = key.partition(".lora_")
+    found = {}
+    for stem in dict.fromkeys(key.partition(".lora_")[0] for key in stored):
         known = [name for name in (stem, stem.removeprefix(prefix), prefix + stem) if name in names]
         if known:
-            tensors[f"{known[0]}{separator}{rest}"] = tensor
-    return tensors
+            found[stem] = known[0]
+    return found

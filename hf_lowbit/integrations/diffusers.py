@@ -137,10 +137,10 @@ class LowbitDiffusersQuantizer(compat.DiffusersQuantizer):
             raise QuantizationError(
                 f"{param_name} is stored as {stored.dtype}: it is quantized already, by something else"
             )
-        low_rank = self.quantization_config.low_rank
-        adapter_rank = low_rank.rank if low_rank is not None and low_rank.keep == "adapter" else 0
-        weight = param_value.to(target_device)
-        quantize_parameter(module, parameter, weight, self.recipe, owner, self.outcome, adapter_rank)
+        config, weight = self.quantization_config, param_value.to(target_device)
+        iterations = 1 if config.low_rank is None else config.low_rank.iterations
+        rank = config.adapter_rank(owner)
+        quantize_parameter(module, parameter, weight, self.recipe, owner, self.outcome, rank, iterations)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_lowbit.integrations.adapters import ADAPTER
+from hf_lowbit.integrations.adapters import ADAPTER, is_compensation
 from hf_lowbit.integrations.compat import peft as compat
 from hf_lowbit.integrations.peft_dora import (
     PackedDoraConv1d,
@@ -50,7 +50,10 @@ class _OnPacked:
                 super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)  # type: ignore[misc]
         else:
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)  # type: ignore[misc]
-        if adapter_name != ADAPTER:
+        if adapter_name != ADAPTER and ADAPTER in self.r and is_compensation(config):  # the same, or trained from it
+            compat.set_active_adapters(self, [name for name in compat.active_adapters(self) if name != ADAPTER])
+            self.delete_adapter(ADAPTER)
+        elif adapter_name != ADAPTER:
             self._freeze_compensation()
 
     @property

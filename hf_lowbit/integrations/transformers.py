@@ -31,7 +31,8 @@ from hf_lowbit.tensorwise import Outcome, QuantizationError, quantize_parameter
 logger = logging.getLogger("hf_lowbit")
 
 _COMPANIONS = (
-    "", "_scale", "_scale_range", "_zero_point", "_zero_point_range", "_table", "_low_rank_a", "_low_rank_b"
+    "", "_scale", "_scale_range", "_zero_point", "_zero_point_range", "_table", "_low_rank_a", "_low_rank_a_scale",
+    "_low_rank_b", "_low_rank_b_scale", "_input_scale"
 )  # fmt: skip
 
 
@@ -86,9 +87,9 @@ class LowbitHfQuantizer(compat.HfQuantizer):
             self.quantization_config.plan = self.plan.to_list()
             for warning in self.plan.warnings:
                 logger.warning(warning)
-        self._tie_companions(model)
         if self._calibrates:
             return  # the float model is loaded first
+        self._tie_companions(model)
         install(model, self.plan, packed=self.pre_quantized)
         for module in packed_modules(model).values():
             compat.mark_initialized(module)
@@ -205,12 +206,11 @@ class _QuantizeOnLoad(compat.ConversionOps):
             owner, _, parameter = full_name.rpartition(".")
             module = model.get_submodule(owner)
             assert isinstance(module, PackedModule)
-            low_rank = self.quantizer.quantization_config.low_rank
-            adapter_rank = low_rank.rank if low_rank is not None and low_rank.keep == "adapter" else 0
+            config, recipe = self.quantizer.quantization_config, self.quantizer.recipe
+            rank, iterations = config.adapter_rank(owner), 1 if config.low_rank is None else config.low_rank.iterations
+            outcome = self.quantizer.outcome
             try:
-                quantize_parameter(
-                    module, parameter, weight, self.quantizer.recipe, owner, self.quantizer.outcome, adapter_rank
-                )
+                quantize_parameter(module, parameter, weight, recipe, owner, outcome, rank, iterations)
             except QuantizationError as error:
                 self.quantizer.failures.append(str(error))
                 result[full_name] = weight

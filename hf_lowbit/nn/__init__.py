@@ -17,7 +17,15 @@ from hf_lowbit.nn.kinds import KINDS, kind_of, refusal_of, register_kind
 from hf_lowbit.nn.linear import PackedConv1D, PackedLinear
 from hf_lowbit.nn.siblings import connect_siblings, disconnect_siblings
 from hf_lowbit.nn.spec import LayerSpec
-from hf_lowbit.nn.transforms import TRANSFORMS, Hadamard, Incoherence, Reassembly, TransformSpec, register_transform
+from hf_lowbit.nn.transforms import (
+    TRANSFORMS,
+    Hadamard,
+    Incoherence,
+    Reassembly,
+    Scaling,
+    TransformSpec,
+    register_transform,
+)
 
 __all__ = [
     "EXACT_KINDS",
@@ -38,6 +46,7 @@ __all__ = [
     "PackedLinear",
     "PackedModule",
     "Reassembly",
+    "Scaling",
     "TransformSpec",
     "connect_siblings",
     "disconnect_siblings",

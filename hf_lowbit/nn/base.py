@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.formats import PackedTensor, SpecError
-from hf_lowbit.formats.packed import from_bits, to_bits
+from hf_lowbit.formats.packed import from_bits
 from hf_lowbit.kernels import decode_matrix
 from hf_lowbit.nn.exact import ExactSpec
+from hf_lowbit.nn.factors import FACTOR_DTYPE, expand_low_rank, factor_shapes, read_factors, stored_factors
+from hf_lowbit.nn.inputs import QuantizedInputs
 from hf_lowbit.nn.spec import LayerSpec
 from hf_lowbit.nn.transforms import TransformSpec
 
-_FACTOR_DTYPE = "bfloat16"
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -25,13 +26,13 @@ class CorruptWeightError(ValueError):
     """Stored tensors that contradict the specification or hold values that cannot be."""
 
 
-class PackedModule(nn.Module):
+class PackedModule(QuantizedInputs):
     """Base of the packed modules.
 
     A packed parameter keeps its original name and becomes int32 codes; companions stand beside it as
-    ``<name>_scale``, ``<name>_zero_point``, ``<name>_table``, ``<name>_low_rank_a``, ``<name>_low_rank_b`` and, in a
-    layer with a transform or an exact part, ``<name>_transform_<part>`` and ``<name>_exact_<part>``. All are integer
-    parameters without gradient (floats as bit patterns), which no cast, ``.half()`` or ``.to(dtype)`` changes.
+    ``<name>_scale``, ``<name>_zero_point``, ``<name>_table``, ``<name>_input_scale``, ``<name>_low_rank_<part>`` and,
+    in a layer with a transform or an exact part, ``<name>_transform_<part>`` and ``<name>_exact_<part>``. All are
+    integer parameters without gradient (floats as bit patterns), which no cast, ``.half()`` or ``.to(dtype)`` changes.
     Until :meth:`set_packed` is called the parameter is the original float one ("unpacked"): that is the state in which
     a checkpoint of floats is loaded.
 
@@ -92,9 +93,9 @@ class PackedModule(nn.Module):
             f"{name}{suffix}": value for suffix, value in self.layer_spec.weight.companions(leading, columns).items()
         }
         if rank := self.layer_spec.low_rank:
-            stacked = (*leading[:-1], rank * self.branches(name), columns)
-            stored[f"{name}_low_rank_a"] = (stacked, torch.int16)
-            stored[f"{name}_low_rank_b"] = ((*leading, rank), torch.int16)
+            parts = factor_shapes(leading, columns, rank, self.branches(name), self.layer_spec.factor_bits)
+            stored |= {f"{name}_low_rank_{part}": value for part, value in parts.items()}
+        stored |= self.input_companions(name)
         if transform := self.layer_spec.transform:
             if not self.takes_transform:
                 raise SpecError(f"layers of kind {self.kind!r} cannot have a transform")
@@ -139,18 +140,33 @@ class PackedModule(nn.Module):
                 raise ValueError(f"{key} is {tuple(tensor.shape)} {tensor.dtype}, expected {shapes[key]}")
             setattr(self, key, frozen(tensor))
 
-    def low_rank_factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """A ``[..., branches * rank, columns]`` and B ``[..., rows, rank]``, or None without a branch."""
+    def low_rank_factors(self, name: str, dtype: torch.dtype, index: int | None = None) -> tuple[Tensor, Tensor] | None:
+        """A ``[..., branches * rank, columns]`` and B ``[..., rows, rank]``, or None without a branch.
+
+        ``index``: those of one matrix of a stack.
+        """
         if not self.layer_spec.low_rank:
             return None
-        a, b = getattr(self, f"{name}_low_rank_a"), getattr(self, f"{name}_low_rank_b")
-        return from_bits(a, _FACTOR_DTYPE).to(dtype), from_bits(b, _FACTOR_DTYPE).to(dtype)
+        parts = self._parts(f"{name}_low_rank_")
+        if index is not None:
+            parts = {part: tensor[index] for part, tensor in parts.items()}
+        (*_, rows), columns = self.matrix_shape(name)
+        a, b = read_factors(parts, rows, columns, self.branches(name), self.layer_spec.factor_bits)
+        return a.to(dtype), b.to(dtype)
 
     @torch.no_grad()
-    def set_low_rank_factors(self, name: str, a: Tensor, b: Tensor) -> None:
-        """Store the branch as bfloat16 bit patterns."""
-        setattr(self, f"{name}_low_rank_a", frozen(to_bits(a, _FACTOR_DTYPE)))
-        setattr(self, f"{name}_low_rank_b", frozen(to_bits(b, _FACTOR_DTYPE)))
+    def set_low_rank_factors(self, name: str, a: Tensor | PackedTensor, b: Tensor | PackedTensor) -> None:
+        """Store the branch: A and B, floats or codes (:data:`hf_lowbit.nn.factors.Factors`).
+
+        Raises:
+            ValueError: shapes or types that are not the layer's.
+        """
+        shapes = self.companion_shapes(name)
+        stored = {f"{name}_low_rank_{part}": tensor for part, tensor in stored_factors((a, b)).items()}
+        for key, tensor in stored.items():
+            if (tuple(tensor.shape), tensor.dtype) != shapes.get(key):
+                raise ValueError(f"{key} is {tuple(tensor.shape)} {tensor.dtype}, expected {shapes.get(key)}")
+            setattr(self, key, frozen(tensor))
 
     def transform_tensors(self, name: str = "weight") -> dict[str, Tensor]:
         """Part -> tensor of the transform, as stored; empty without one."""
@@ -244,6 +260,8 @@ class PackedModule(nn.Module):
 
     def _check_parts(self, name: str) -> None:
         spec = self.layer_spec
+        if problem := self.input_problem(name):
+            raise CorruptWeightError(problem)
         for what, part, tensors in (
             ("transform", spec.transform, self.transform_tensors(name)),
             ("exact", spec.exact, self.exact_tensors(name)),
@@ -265,7 +283,8 @@ class PackedModule(nn.Module):
             if self.layer_spec.exact is None
             else f", exact={self.layer_spec.exact.count} {self.layer_spec.exact.kind}"
         )
-        low_rank = f", rank={rank}" if rank else ""
+        bits = "" if self.layer_spec.factor_bits == 16 else f" of {self.layer_spec.factor_bits} bits"
+        low_rank = f", rank={rank}{bits}" if rank else ""
         return f"{shapes}, {weight.format} {weight.bits} bits, group={group}{activation}{transform}{exact}{low_rank}"
 
 
@@ -281,20 +300,15 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def expand_low_rank(a: Tensor, b: Tensor, branches: int) -> Tensor:
-    """B A for stacked projections: rows of the i-th share the i-th block of A."""
-    parts = [part @ block for part, block in zip(b.chunk(branches, -2), a.chunk(branches, -2), strict=True)]
-    return torch.cat(parts, -2)
-
-
 def _is_finite(key: str, tensor: Tensor, spec: LayerSpec) -> bool:
-    if "_transform_" in key or "_exact_" in key:
-        return True  # of its kind to judge
+    if "_transform_" in key or "_exact_" in key or key.endswith("_input_scale"):
+        return True  # judged where they are understood
+    if "_low_rank_" in key:
+        return tensor.dtype == torch.int32 or bool(torch.isfinite(from_bits(tensor, FACTOR_DTYPE)).all())
     if key.endswith("_zero_point") and spec.weight.has_integer_zero_point:
         return True
     if key.endswith(("_scale", "_zero_point")) and spec.weight.scale_bits is not None:
         return True  # codes: their ranges are what can be wrong
     if key.endswith("_table"):
         return bool(torch.isfinite(tensor.view(torch.float32)).all())
-    dtype = _FACTOR_DTYPE if "_low_rank_" in key else spec.weight.scale_dtype
-    return bool(torch.isfinite(from_bits(tensor, dtype)).all())
+    return bool(torch.isfinite(from_bits(tensor, spec.weight.scale_dtype)).all())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lowbit.kernels import NATIVE_TOKENS, decode_matrix, packed_linear
+from hf_lowbit.kernels import NATIVE_TOKENS, decode_matrix
+from hf_lowbit.kernels.autograd import DecodedConvolution, convolve_decoded
 from hf_lowbit.nn.base import PackedModule, expect
 from hf_lowbit.nn.spec import LayerSpec
 
@@ -87,20 +89,26 @@ class _PackedConv(PackedModule):
         return y if x is batched else y.squeeze(0)
 
     def _convolve_decoded(self, x: Tensor) -> Tensor:
-        convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
         columns = self.in_channels // self.groups * _product(self.kernel_size)
         step = self.out_channels if self.groups > 1 else max(16, _DECODED_BYTES // (columns * x.dtype.itemsize))
-        if step >= self.out_channels:
-            weight = self.dequantized(dtype=x.dtype)
-            whole: Tensor = convolve(x, weight, None, self.stride, 0, self.dilation, self.groups)
-            return whole
-        packed, factors, outputs = self.packed(), self.low_rank_factors("weight", x.dtype), []
-        for first in range(0, self.out_channels, step):
-            own = slice(first, min(first + step, self.out_channels))
-            matrix = decode_matrix(packed.rows(own), x.dtype, self.backend)
+        starts = range(0, self.out_channels, step)
+        parts = [slice(first, min(first + step, self.out_channels)) for first in starts]
+        geometry = self.stride, self.dilation, self.groups
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            result: Tensor = DecodedConvolution.apply(x, self._decoded(x.dtype), parts, geometry)
+            return result
+        return convolve_decoded(x, self._decoded(x.dtype), parts, geometry)
+
+    def _decoded(self, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+        """Output channels -> their kernels, the branch added."""
+        packed, factors = self.packed(), self.low_rank_factors("weight", dtype)
+
+        def decoded(own: slice) -> Tensor:
+            matrix = decode_matrix(packed.rows(own), dtype, self.backend)
             matrix = matrix if factors is None else matrix + factors[1][own] @ factors[0]
-            outputs.append(convolve(x, self.from_matrix("weight", matrix), None, self.stride, 0, self.dilation))
-        return torch.cat(outputs, 1)
+            return self.from_matrix("weight", matrix)
+
+        return decoded
 
     def _output_size(self, x: Tensor) -> tuple[int, ...]:
         geometry = zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True)
@@ -116,7 +124,7 @@ class _PackedConv(PackedModule):
         outputs = []
         for group, tokens in enumerate(patches.chunk(self.groups, -1)):
             own = slice(group * rows, (group + 1) * rows)
-            y = packed_linear(tokens, self.packed().rows(own), self.layer_spec.activation, self.backend)
+            y = self.multiply(tokens, self.packed().rows(own))
             if factors is not None:
                 y = y + F.linear(F.linear(tokens, factors[0]), factors[1][own])
             outputs.append(y)

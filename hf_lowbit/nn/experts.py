@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lowbit.kernels import packed_linear
 from hf_lowbit.nn.base import PackedModule
 from hf_lowbit.nn.spec import LayerSpec
 
@@ -73,11 +72,11 @@ class PackedExperts(PackedModule):
         return result
 
     def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
-        y = packed_linear(x, self.packed(name)[expert], self.layer_spec.activation, self.backend)
-        factors = self.low_rank_factors(name, x.dtype)
+        y = self.multiply(x, self.packed(name)[expert], name, expert)
+        factors = self.low_rank_factors(name, x.dtype, expert)
         if factors is None:
             return y
-        a, b = factors[0][expert], factors[1][expert]
+        a, b = factors
         blocks = zip(b.chunk(self.branches(name), 0), a.chunk(self.branches(name), 0), strict=True)
         return y + torch.cat([F.linear(F.linear(x, a_block), b_block) for b_block, a_block in blocks], -1)
 

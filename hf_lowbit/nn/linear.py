@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lowbit.kernels import packed_linear
 from hf_lowbit.nn.base import PackedModule, expect
 from hf_lowbit.nn.siblings import Siblings
 from hf_lowbit.nn.spec import LayerSpec
@@ -75,7 +74,7 @@ class PackedLinear(PackedModule, nn.Linear):
 
     def coded_product(self, x: Tensor) -> Tensor:
         """Of the codes with what they read of the transformed input."""
-        return packed_linear(x, self.packed(), self.layer_spec.activation, self.backend)
+        return self.multiply(x, self.packed())
 
     def _product(self, x: Tensor) -> Tensor:
         """Of codes and exact part with the transformed input."""

@@ -7,9 +7,10 @@ from typing import Any
 
 from hf_lowbit.formats import ActivationSpec, SpecError, WeightSpec
 from hf_lowbit.nn.exact import ExactSpec
+from hf_lowbit.nn.factors import check_factor_bits
 from hf_lowbit.nn.transforms import TransformSpec
 
-_FIELDS = ("weight", "activation", "low_rank", "transform", "exact")
+_FIELDS = ("weight", "activation", "low_rank", "factor_bits", "transform", "exact")
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,9 @@ class LayerSpec:
 
     Attributes:
         weight: format and granularity of its weights.
-        activation: dynamic quantization of its input, or None for full precision.
+        activation: quantization of its input, or None for full precision.
         low_rank: rank of the branch that repairs the rounding error inside the layer, 0 for none.
+        factor_bits: of the branch's factors: 16 (bfloat16), 8 or 4 (codes, a 16-bit scale per group of a rank's row).
         transform: of its input and output, around everything else (see :mod:`hf_lowbit.nn.transforms`), or None.
         exact: weights that stay floats beside the codes (see :mod:`hf_lowbit.nn.exact`), or None.
     """
@@ -29,10 +31,14 @@ class LayerSpec:
     low_rank: int = 0
     transform: TransformSpec | None = None
     exact: ExactSpec | None = None
+    factor_bits: int = 16
 
     def __post_init__(self) -> None:
         if type(self.low_rank) is not int or self.low_rank < 0:
             raise SpecError(f"low_rank must be an integer >= 0, not {self.low_rank!r}")
+        check_factor_bits(self.factor_bits)
+        if not self.low_rank and self.factor_bits != 16:  # equal layers have equal specifications
+            object.__setattr__(self, "factor_bits", 16)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; absent parts are left out."""
@@ -41,6 +47,8 @@ class LayerSpec:
             values["activation"] = self.activation.to_dict()
         if self.low_rank:
             values["low_rank"] = self.low_rank
+        if self.factor_bits != 16:
+            values["factor_bits"] = self.factor_bits
         if self.transform is not None:
             values["transform"] = self.transform.to_dict()
         if self.exact is not None:
@@ -59,4 +67,5 @@ class LayerSpec:
             values.get("low_rank", 0),
             None if transform is None else TransformSpec.from_dict(transform),
             None if exact is None else ExactSpec.from_dict(exact),
+            values.get("factor_bits", 16),
         )

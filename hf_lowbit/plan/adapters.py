@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
 from hf_lowbit.plan.patterns import generalise
-from hf_lowbit.plan.plan import Plan, PlanError
+from hf_lowbit.plan.plan import PlanError, PlannedLayer
 
 # PEFT refuses these: their owner reads their weights past any adapter when it runs fused kernels.
 _MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 _READ_BY_MAMBA = ("conv1d", "out_proj")
 
 
-def check_adapters(model: nn.Module, plan: Plan) -> None:
+def check_adapters(model: nn.Module, layers: Mapping[str, PlannedLayer]) -> None:
     """Refuse a compensation adapter on layers that PEFT cannot adapt.
+
+    Args:
+        layers: those that are compensated.
 
     Raises:
         PlanError: naming them, and ``keep="branch"``, which has no such limits; or PEFT is not installed.
@@ -24,7 +28,7 @@ def check_adapters(model: nn.Module, plan: Plan) -> None:
     if find_spec("peft") is None:
         raise PlanError('low_rank keep="adapter" needs PEFT: pip install "hf_lowbit[peft]", or use keep="branch"')
     problems: dict[str, list[str]] = {}
-    for name, layer in plan.layers.items():
+    for name, layer in layers.items():
         if reason := _refusal(layer.kind, name, model):
             problems.setdefault(reason, []).append(generalise(name))
     if problems:

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import nn
 
 from hf_lowbit.formats import WeightSpec
 from hf_lowbit.nn import KINDS, LayerSpec, PackedModule, kind_of, refusal_of
 from hf_lowbit.plan.adapters import check_adapters
+from hf_lowbit.plan.groups import fit_inputs, fitting_group, misfit, widths_of
 from hf_lowbit.plan.patterns import first_match, generalise
 from hf_lowbit.plan.plan import Plan, PlanError, PlannedLayer
 from hf_lowbit.plan.readers import directly_read
-
-_SMALLEST_USEFUL_GROUP = 16
 
 
 class Compensation(Protocol):
     """What planning reads of a low-rank compensation."""
 
     @property
-    def rank(self) -> int:
-        """Rank of both factors."""
-
-    @property
     def keep(self) -> str:
         """Where it is kept."""
+
+    @property
+    def budget_bits(self) -> float | None:
+        """A number where ranks are still to be chosen."""
 
 
 class PlanningConfig(Protocol):
@@ -36,6 +35,7 @@ class PlanningConfig(Protocol):
     modules_to_not_convert: list[str] | None
     overrides: dict[str, dict[str, object]] | None
     strict_groups: bool
+    fits_rank: ClassVar[bool]
     quantize_embeddings: bool
     quantize_lm_head: bool
 
@@ -45,6 +45,9 @@ class PlanningConfig(Protocol):
 
     def layer_spec(self, name: str) -> LayerSpec:
         """The specification of a module after overrides."""
+
+    def low_rank_of(self, name: str) -> int:
+        """The rank of a module's compensation, wherever it is kept."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,16 @@ def build_plan(model: nn.Module, config: PlanningConfig, facts: ModelFacts = Mod
         if reason is not None:
             plan.skipped[name] = reason
         elif kind is not None:
-            plan.layers[name] = PlannedLayer(kind, _fit_groups(name, module, kind, config, regrouped))
+            spec = _fit_groups(name, module, kind, config, regrouped)
+            is_table = any(_is_embedding(model, other) for other in (name, *facts.tied_to(name)))
+            widths = widths_of(KINDS[kind].from_float(module, spec))
+            spec = fit_inputs(name, spec, widths, is_table, config.strict_groups, regrouped)
+            plan.layers[name] = PlannedLayer(kind, spec)
     plan.others = frozenset(name for name, _ in model.named_modules()) - {*plan.layers, *plan.skipped}
     plan.warnings += [f"{text}: {_summary(names)}" for text, names in regrouped.items()]
     _skip_partly_tied(plan, facts)
     if config.low_rank is not None and config.low_rank.keep == "adapter":
-        check_adapters(model, plan)
+        check_adapters(model, {name: layer for name, layer in plan.layers.items() if config.low_rank_of(name)})
     for pattern in (*(config.modules_to_not_convert or ()), *(config.overrides or ())):
         if not any(first_match([pattern], name) for name, _ in model.named_modules()):
             plan.warnings.append(f"the pattern {pattern!r} matches no module of this model")
@@ -184,8 +191,7 @@ def _is_embedding(model: nn.Module, name: str) -> bool:
 
 def _columns(module: nn.Module, kind: str) -> int:
     """Smallest row width of the module's packed parameters."""
-    skeleton = KINDS[kind].from_float(module, LayerSpec(WeightSpec()))
-    return min(skeleton.matrix_shape(parameter)[1] for parameter in skeleton.packed_parameters)
+    return min(widths_of(KINDS[kind].from_float(module, LayerSpec(WeightSpec()))))
 
 
 def _fit_groups(
@@ -195,24 +201,23 @@ def _fit_groups(
     spec = config.layer_spec(name)
     group = spec.weight.group_size
     if not isinstance(group, int):
-        return _checked(name, module, kind, config, spec)
+        return _checked(name, module, kind, config, spec, regrouped)
     skeleton = KINDS[kind].from_float(module, spec)
     if spec.weight.scale_bits is not None and (reason := _why_plain_scales(skeleton)):
         regrouped.setdefault(reason, []).append(name)
         spec = replace(spec, weight=_with_plain_scales(spec.weight))
-    widths = [skeleton.matrix_shape(parameter)[1] for parameter in skeleton.packed_parameters]
-    if all(width % group == 0 for width in widths):
-        return _checked(name, module, kind, config, spec)
-    fitting = _largest_common_divisor(widths, group)
-    chosen = fitting if fitting >= min(_SMALLEST_USEFUL_GROUP, group) else None
-    problem = f"group_size={group} does not divide the input width {' or '.join(map(str, sorted(set(widths))))}"
+    widths = widths_of(skeleton)
+    chosen = fitting_group(widths, group)
+    if chosen == group:
+        return _checked(name, module, kind, config, spec, regrouped)
+    problem = misfit("group_size", group, widths)
     if config.strict_groups:
         hint = f"a group_size of {chosen}" if chosen else "group_size=None"
         raise PlanError(f"{name}: {problem}; use {hint} for it (overrides), or strict_groups=False")
     instead = "one scale per row" if chosen is None else f"groups of {chosen}"
     regrouped.setdefault(f"{problem}, {instead} instead", []).append(name)
     weight = spec.weight if chosen is not None else _with_plain_scales(spec.weight)
-    return _checked(name, module, kind, config, replace(spec, weight=replace(weight, group_size=chosen)))
+    return _checked(name, module, kind, config, replace(spec, weight=replace(weight, group_size=chosen)), regrouped)
 
 
 def _with_plain_scales(weight: WeightSpec) -> WeightSpec:
@@ -229,21 +234,32 @@ def _why_plain_scales(skeleton: PackedModule) -> str | None:
     return None
 
 
-def _checked(name: str, module: nn.Module, kind: str, config: PlanningConfig, spec: LayerSpec) -> LayerSpec:
+def _checked(
+    name: str,
+    module: nn.Module,
+    kind: str,
+    config: PlanningConfig,
+    spec: LayerSpec,
+    regrouped: dict[str, list[str]],
+) -> LayerSpec:
     """The spec, if the layer can have it. Raises PlanError naming the layer and what to do."""
     if kind == "experts" and spec.weight.has_fitted_table:
         raise PlanError(
             f"{name}: a codebook cannot be fitted to fused experts; give codebook=[...] or override the format"
         )
-    if config.low_rank is not None:
+    if (rank := config.low_rank_of(name)) and config.low_rank is not None and config.low_rank.budget_bits is None:
         skeleton = KINDS[kind].from_float(module, spec)
         for parameter in skeleton.packed_parameters:
             leading, columns = skeleton.matrix_shape(parameter)
             rows = leading[-1] // skeleton.branches(parameter)
-            if config.low_rank.rank > min(rows, columns):
+            if rank > min(rows, columns):
+                if config.fits_rank:
+                    problem = f"low_rank.rank={rank} exceeds the smaller side of a {rows} x {columns} matrix"
+                    regrouped.setdefault(f"{problem}, no branch instead", []).append(name)
+                    return replace(spec, low_rank=0)
                 raise PlanError(
-                    f"{name}: low_rank.rank={config.low_rank.rank} exceeds the smaller side of its {rows} x {columns} "
-                    "matrix; lower the rank, or leave the layer out with modules_to_not_convert"
+                    f"{name}: low_rank.rank={rank} exceeds the smaller side of its {rows} x {columns} matrix; lower "
+                    f"the rank, or give the layer its own: overrides={{{name!r}: {{'low_rank': {min(rows, columns)}}}}}"
                 )
     return spec
 
@@ -252,10 +268,6 @@ def _summary(names: list[str]) -> str:
     """Names with their list indices as ``*``, and how many there are."""
     patterns = dict.fromkeys(generalise(name) for name in names)
     return f"{', '.join(patterns)} ({len(names)} layer{'s' if len(names) > 1 else ''})"
-
-
-def _largest_common_divisor(widths: Iterable[int], limit: int) -> int:
-    return next(size for size in range(limit, 0, -1) if all(width % size == 0 for width in widths))
 
 
 def _skip_partly_tied(plan: Plan, facts: ModelFacts) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from hf_lowbit.calibration.block import Block
+from hf_lowbit.calibration.correction import CorrectionPlan, correct
 from hf_lowbit.calibration.reassembling import Similarity, linear_layers, reassembly_sites, search_reassembly
 from hf_lowbit.method import Recipe
 from hf_lowbit.rounding import round_to_nearest
 from hf_lowbit_qllm.config import QLLMConfig
-from hf_lowbit_qllm.correction import correct
 
 
 def make_recipe(config: QLLMConfig) -> Recipe:
@@ -24,12 +24,23 @@ def make_recipe(config: QLLMConfig) -> Recipe:
             if matrix.layer not in layers:
                 block.pack(key, round_to_nearest(matrix.weight, matrix.spec))
         if config.epochs and layers:
-            correct(block, layers, config)
+            correct(block, layers, correction_plan(config))
         for key in block.unpacked:
             matrix = block.matrices[key]
             block.pack(key, round_to_nearest(matrix.weight, matrix.spec))
 
     return Recipe(calibrate=calibrate, targets=config.epochs > 0)
+
+
+def correction_plan(config: QLLMConfig) -> CorrectionPlan:
+    """How the correction of every block is trained."""
+    return CorrectionPlan(
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        train_norms=config.train_norms,
+    )
 
 
 def reassemble(block: Block, config: QLLMConfig) -> None:

@@ -103,3 +103,21 @@ def test_missing_model(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_debug_shows_the_traceback(run: Run, llama: Path, tmp_path: Path) -> None:
     result = run("quantize", llama, "--method", "x", "--output", tmp_path / "out", "--debug")
     assert result.exit_code == 2 and "Traceback" in result.stderr
+
+
+def test_a_low_rank_part_reads_data_and_is_counted(run: Run, run_json, llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    settings = (
+        "low_rank.rank=4",
+        "low_rank.metric=diag",
+        "low_rank.factor_bits=8",
+        "num_samples=2",
+        "sequence_length=32",
+    )
+    options = ["--method", "rtn", "--bits", 3, *(part for setting in settings for part in ("--set", setting))]
+    refused = run("quantize", llama, *options, "--output", tmp_path / "out")
+    assert refused.exit_code == 2 and "low_rank.metric='diag' needs calibration data" in refused.stderr
+    values = run_json("quantize", llama, *options, "--data", text, "--output", tmp_path / "out")
+    assert {layer["low_rank"] for layer in values["layers"]} == {4}
+    assert run_json("inspect", tmp_path / "out")["packed_bytes"] == values["packed_bytes"]

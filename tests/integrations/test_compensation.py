@@ -290,6 +290,65 @@ def test_training_it_moves_it_and_saving_keeps_every_bit(tmp_path: Path) -> None
     assert torch.equal(run("llama", load("llama", tmp_path / "run" / "checkpoint-2")), output)
 
 
+TOKENS = [{"input_ids": torch.arange(24).reshape(1, 24) * step % 250} for step in (1, 3, 7, 11)]
+
+
+def weighted(metric: str = "full", **fields: Any) -> Any:
+    """A llama whose compensation is weighted by its inputs, with ranks of its layers' own."""
+    part = LowRankConfig(4, metric=metric, keep="adapter")
+    overrides = {"down_proj": {"low_rank": 2}, "k_proj": {"low_rank": 0}}
+    return quantized(
+        "llama", low_rank=part, overrides=overrides, dataset=TOKENS, num_samples=4, **{"bits": 2, **fields}
+    )
+
+
+@pytest.mark.parametrize("metric", ["mean_abs", "diag", "full"])
+def test_every_metric_can_be_kept_as_an_adapter(metric: str, tmp_path: Path) -> None:
+    model = weighted(metric)
+    output = run("llama", model)
+    shapes = {n.rpartition(".lora_A")[0].rpartition(".")[2]: p.shape[0] for n, p in lora_parameters(model, "lowbit")
+              if ".lora_A" in n}  # fmt: skip
+    assert shapes["down_proj"] == 2 and shapes["q_proj"] == 4 and "k_proj" not in shapes
+    scalings = [layer.scaling for layer in model.modules() if isinstance(getattr(layer, "scaling", None), dict)]
+    assert len(scalings) == len(shapes) * 2 and all(scaling["lowbit"] == 1 for scaling in scalings)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run("llama", load("llama", tmp_path)), output)
+
+
+def test_plain_peft_code_does_not_add_it_twice(tmp_path: Path) -> None:
+    """``PeftModel.from_pretrained`` on a base that has brought it along: it takes its place, trainable on demand."""
+    model = weighted()
+    output = run("llama", model)
+    model.save_pretrained(tmp_path / "base")
+    base = load("llama", tmp_path / "base")
+    trained = PeftModel.from_pretrained(base, tmp_path / "base" / FOLDER, is_trainable=True)
+    assert torch.equal(run("llama", trained), output)
+    assert len(list(lora_parameters(trained, "default"))) == sum(p.requires_grad for p in trained.parameters()) > 0
+    perturb(trained)
+    moved = run("llama", trained)
+    trained.save_pretrained(tmp_path / "trained")
+    again = PeftModel.from_pretrained(load("llama", tmp_path / "base"), tmp_path / "trained")
+    assert torch.equal(run("llama", again), moved)
+
+
+def test_tied_tables_are_packed_on_loading_too(tmp_path: Path) -> None:
+    """With data the float model is loaded first, and its ties are those of floats."""
+    part = LowRankConfig(4, metric="full")
+    model = quantized("llama_tied", low_rank=part, quantize_embeddings=True, dataset=TOKENS, num_samples=4)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run("llama_tied", load("llama_tied", tmp_path)), run("llama_tied", model))
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    weighted().save_pretrained(tmp_path / "model")
+    weighted(bits=3).save_pretrained(tmp_path / "other")
+    shutil.rmtree(tmp_path / "model" / FOLDER)
+    shutil.copytree(tmp_path / "other" / FOLDER, tmp_path / "model" / FOLDER)
+    with pytest.raises(CorruptWeightError, match=r"made for another base: .*_proj has other codes"):
+        load("llama", tmp_path / "model")
+
+
 PUSH = """
 import hf_lowbit
 from tests.integrations.test_compensation import compensated

@@ -35,16 +35,28 @@ def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyMode
     return folder
 
 
-_SHORT = {"iterations": 3, "epochs": 2}  # the promises do not depend on how long a method trains
+_SHORT = {
+    "iterations": 3,
+    "epochs": 2,
+    "tau_steps": 3,
+    "smooth_steps": 3,
+}  # the promises do not depend on how long a method trains
 
 
 def config_of(method: Any, tiny: TinyModel) -> Any:
     """A method's 4-bit config, with data where it calibrates."""
     short = {name: value for name, value in _SHORT.items() if name in method.config_class.__dataclass_fields__}
+    if method.config_class().low_rank is not None:  # its own branch: layers here are small
+        short["low_rank"] = hf_lowbit.LowRankConfig(rank=2)
     if not method.needs_data:
         return method.config_class(bits=4, **short)
+    return method.config_class(bits=4, dataset=data_of(tiny), num_samples=2, **short)
+
+
+def data_of(tiny: TinyModel) -> list[dict[str, Any]]:
+    """Calibration data: two samples, alike."""
     inputs = {key: torch.atleast_1d(torch.as_tensor(value)) for key, value in tiny.inputs(torch.float32).items()}
-    return method.config_class(bits=4, dataset=[inputs] * 2, num_samples=2, **short)
+    return [inputs] * 2
 
 
 def quantized(method: Any, tiny: TinyModel, folder: Path, dtype: torch.dtype = torch.bfloat16, **arguments: Any) -> Any:

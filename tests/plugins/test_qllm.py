@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lowbit
 from hf_lowbit.calibration.block import Block
+from hf_lowbit.calibration.correction import Correction, CorrectionPlan, correct, rounded
 from hf_lowbit.calibration.inspected import OutputError, captured_calls, common_owner
 from hf_lowbit.calibration.reassembling import (
     Similarity,
@@ -30,8 +31,7 @@ from hf_lowbit.formats import WeightSpec, decode
 from hf_lowbit.nn import Reassembly
 from hf_lowbit.plan import packed_modules
 from hf_lowbit.rounding import round_to_nearest
-from hf_lowbit_qllm.correction import Correction, correct, rounded
-from hf_lowbit_qllm.recipe import make_recipe, reassemble
+from hf_lowbit_qllm.recipe import correction_plan, make_recipe, reassemble
 from tests.matrix.models import MODELS, fingerprint
 from tests.plugins.outliers import logit_error, outlier_llama, outputs_of, quantized, relative, token_batches, walk
 
@@ -201,7 +201,7 @@ def test_a_correction_of_zero_is_the_plain_quantized_block() -> None:
         config = QLLMConfig()
         reassemble(block, config)
         layers = linear_layers(block)
-        correction = Correction(block, layers, config)
+        correction = Correction(block, layers, correction_plan(config))
         assert all(not b.any() for b in correction.b) and all(a.any() for a in correction.a)
         with quantized_inputs(block, layers):
             args, kwargs = block.arguments(0)
@@ -222,7 +222,7 @@ def test_what_is_trained_is_what_is_deployed() -> None:
     def step(block: Block) -> None:
         config = QLLMConfig(epochs=5, learning_rate=2e-3)
         reassemble(block, config)
-        before, after = correct(block, linear_layers(block), config)
+        before, after = correct(block, linear_layers(block), correction_plan(config))
         for key, matrix in block.matrices.items():
             block.pack(key, round_to_nearest(matrix.weight, matrix.spec))
         losses = [(block.run(batch) - block.target(batch)).square().mean() for batch in range(len(block))]
@@ -236,7 +236,9 @@ def test_what_is_trained_is_what_is_deployed() -> None:
 def test_a_correction_that_does_not_help_is_left_out() -> None:
     def step(block: Block) -> None:
         values = {name: tensor.clone() for name, tensor in block.module.state_dict().items()}
-        before, after = correct(block, linear_layers(block), QLLMConfig(epochs=1, learning_rate=10.0))
+        before, after = correct(
+            block, linear_layers(block), CorrectionPlan(epochs=1, learning_rate=10.0, train_norms=True)
+        )
         assert before == after
         assert all(torch.equal(tensor, values[name]) for name, tensor in block.module.state_dict().items())
 
@@ -248,7 +250,7 @@ def test_norms_are_trained_on_demand(train_norms: bool) -> None:
     def step(block: Block) -> None:
         norm = block.module.input_layernorm.weight
         before = norm.detach().clone()
-        correct(block, linear_layers(block), QLLMConfig(epochs=3, learning_rate=2e-3, train_norms=train_norms))
+        correct(block, linear_layers(block), CorrectionPlan(epochs=3, learning_rate=2e-3, train_norms=train_norms))
         assert torch.equal(norm, before) is not train_norms
         assert all(parameter.grad is None for parameter in block.module.parameters())
 

@@ -1,15 +1,17 @@
-"""Efficient error correction (QLLM, arXiv 2310.08041, section 4.3): low-rank terms make good a block's error.
+"""Low-rank terms that are trained to make good a block's error, and fused into its weights before they are rounded.
 
-The weights of the block become W + s B A, with B = 0 at first, trained so that the block returns what the float one
-did. What is trained is what is deployed: the forward pass computes with Q(W + s B A), gradients pass straight through
-the rounding [ours: the authors train Q(W) + s B A, and round the sum afterwards].
+QLLM's error correction (arXiv 2310.08041, section 4.3). The weights of the block become W + s B A, with B = 0 at first,
+trained so that the block returns what the float one did. What is trained is what is deployed: the forward pass computes
+with Q(W + s B A), gradients pass straight through the rounding [ours: the authors train Q(W) + s B A, and round the sum
+afterwards].
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +19,39 @@ from torch.func import functional_call
 
 from hf_lowbit.calibration.block import Block
 from hf_lowbit.calibration.norms import norm_parameters
-from hf_lowbit.calibration.reassembling import quantized_inputs
+from hf_lowbit.calibration.reassembling import linear_layers, quantized_inputs
 from hf_lowbit.formats import WeightSpec
 from hf_lowbit.nn import PackedLinear
 from hf_lowbit.rounding.clip import fit_range
 from hf_lowbit.rounding.grid import nearest_values
 from hf_lowbit.rounding.store import format_for, to_groups
-from hf_lowbit_qllm.config import QLLMConfig
 
 logger = logging.getLogger("hf_lowbit")
+
+
+@dataclass(frozen=True)
+class CorrectionPlan:
+    """How a correction is trained; the defaults are the authors', but for the norms.
+
+    Attributes:
+        rank: of every layer without one in ``ranks``.
+        ranks: name in the block -> rank; 0 leaves a layer as it is.
+        alpha: s is alpha / rank.
+        epochs: passes over the data, each step on one batch.
+        learning_rate: of AdamW at the start, falling linearly to zero.
+        train_norms: train the block's norms too.
+    """
+
+    rank: int = 4
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alpha: float = 1.0
+    epochs: int = 10
+    learning_rate: float = 5e-4
+    train_norms: bool = False
+
+    def rank_of(self, layer: str) -> int:
+        """Of a layer of the block."""
+        return self.ranks.get(layer, self.rank)
 
 
 class Correction(nn.Module):
@@ -35,23 +61,24 @@ class Correction(nn.Module):
         layers: name in the block -> packed layer to be, its parameters still the float layer's.
     """
 
-    def __init__(self, block: Block, layers: Mapping[str, PackedLinear], config: QLLMConfig) -> None:
+    def __init__(self, block: Block, layers: Mapping[str, PackedLinear], plan: CorrectionPlan) -> None:
         super().__init__()
         self.layers = dict(layers)
-        self.scaling = config.lora_alpha / config.lora_rank
+        self.scalings = [plan.alpha / max(1, plan.rank_of(name)) for name in self.layers]
         generator = torch.Generator().manual_seed(block.seed)
-        pairs = [_factors(layer, config.lora_rank, generator) for layer in self.layers.values()]
+        pairs = [_factors(layer, plan.rank_of(name), generator) for name, layer in self.layers.items()]
         self.a = nn.ParameterList([a for a, _ in pairs])
         self.b = nn.ParameterList([b for _, b in pairs])
-        norms = norm_parameters(block.module) if config.train_norms else {}
+        norms = norm_parameters(block.module) if plan.train_norms else {}
         self.norm_names = list(norms)
         self.norms = nn.ParameterList([parameter.detach().clone() for parameter in norms.values()])
 
     def corrected(self) -> dict[str, Tensor]:
         """Parameter of the block -> W + s B A, as the float layer lays it out."""
+        parts = zip(self.layers.items(), self.scalings, self.a, self.b, strict=True)
         return {
-            f"{name}.weight" if name else "weight": layer.weight.detach() + layer.arranged(self.scaling * (b @ a))
-            for (name, layer), a, b in zip(self.layers.items(), self.a, self.b, strict=True)
+            f"{name}.weight" if name else "weight": layer.weight.detach() + layer.arranged(scaling * (b @ a))
+            for (name, layer), scaling, a, b in parts
         }
 
     def simulated(self) -> dict[str, Tensor]:
@@ -71,7 +98,7 @@ class Correction(nn.Module):
             block.module.get_parameter(name).copy_(value)
 
 
-def correct(block: Block, layers: Mapping[str, PackedLinear], config: QLLMConfig) -> tuple[float, float]:
+def correct(block: Block, layers: Mapping[str, PackedLinear], plan: CorrectionPlan) -> tuple[float, float]:
     """Train a correction on the block's data and fuse it; one that does not lower the error is left out [ours].
 
     Args:
@@ -80,10 +107,10 @@ def correct(block: Block, layers: Mapping[str, PackedLinear], config: QLLMConfig
     Returns:
         Mean squared error of the block's output before and after.
     """
-    correction = Correction(block, layers, config)
+    correction = Correction(block, layers, plan)
     with quantized_inputs(block, layers):
         before = _mean_loss(block, correction)
-        _train(block, correction, config)
+        _train(block, correction, plan)
         after = _mean_loss(block, correction)
     if after < before:
         correction.fuse(block)
@@ -92,16 +119,40 @@ def correct(block: Block, layers: Mapping[str, PackedLinear], config: QLLMConfig
     return before, min(before, after)
 
 
+def corrected_first(step: Callable[[Block], None], ranks: Callable[[str], int]) -> Callable[[Block], None]:
+    """A method's step on blocks that are corrected first, as ``LowRankConfig(keep="fused")`` asks for.
+
+    Args:
+        step: the method's, which rounds the corrected weights in its own way; in training they are rounded to nearest
+            [ours], so that a method that rounds much better may gain nothing, or lose.
+        ranks: full layer name -> rank.
+    """
+
+    @torch.no_grad()
+    def corrected(block: Block) -> None:
+        wanted = {m.layer: ranks(block.full_name(m.layer)) for m in block.matrices.values()}
+        layers = {name: layer for name, layer in linear_layers(block).items() if wanted[name]}
+        before, after = correct(block, layers, CorrectionPlan(ranks=wanted)) if layers else (0.0, 0.0)
+        step(block)
+        for key, matrix in block.matrices.items():
+            if wanted[matrix.layer] and matrix.layer not in layers:
+                block.note(key, "low-rank corrections are fused into linear layers only")
+            elif wanted[matrix.layer] and not after < before:
+                block.note(key, "its low-rank correction did not lower the block's error and was left out")
+
+    return corrected
+
+
 @torch.enable_grad()
-def _train(block: Block, correction: Correction, config: QLLMConfig) -> None:
+def _train(block: Block, correction: Correction, plan: CorrectionPlan) -> None:
     trained = list(correction.parameters())
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(block.seed)
-    steps = config.epochs * len(block)
-    for epoch in range(config.epochs):
+    steps = plan.epochs * len(block)
+    for epoch in range(plan.epochs):
         for place, batch in enumerate(torch.randperm(len(block), generator=generator).tolist()):
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * (1 - (epoch * len(block) + place) / steps)
+                group["lr"] = plan.learning_rate * (1 - (epoch * len(block) + place) / steps)
             loss = _loss(block, correction, batch)
             # gradients of these alone: the block's own parameters collect none
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
