@@ -30,7 +30,8 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=16384, help="held-out tokens")
-    parser.add_argument("--methods", default=",".join(name for name, v in VARIANTS.items() if ":" not in v.method))
+    ours = [name for name, v in VARIANTS.items() if v.by_default and ":" not in v.method]
+    parser.add_argument("--methods", default=",".join(ours))
     parser.add_argument("--peers", type=Path, help="folder of virtual environments, see benchmarks/peers")
     parser.add_argument("--device", default="cpu", help="for the methods of hf_lowbit, and for judging")
     parser.add_argument("--threads", type=int, default=2)

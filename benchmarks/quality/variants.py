@@ -14,11 +14,13 @@ class Variant:
         name: in tables.
         method: of hf_lowbit, or "peer:NAME".
         fields: of the method's config, beside bits and group size; of a peer, arguments of its worker.
+        by_default: whether it runs where no methods are named; not those that quantize inputs to 8 bits.
     """
 
     name: str
     method: str
     fields: dict[str, Any] = field(default_factory=dict)
+    by_default: bool = True
 
 
 VARIANTS = {
@@ -27,6 +29,8 @@ VARIANTS = {
         Variant("rtn", "rtn"),
         Variant("rtn-asym", "rtn", {"symmetric": False}),
         Variant("hqq", "hqq"),
+        Variant("qlora", "qlora"),
+        Variant("ir_qlora", "ir_qlora"),
         Variant("nupes", "nupes"),
         Variant("nupes-learned-50", "nupes", {"learn": True, "iterations": 50}),
         Variant("nupes-learned", "nupes", {"learn": True, "iterations": 200}),
@@ -42,6 +46,22 @@ VARIANTS = {
         Variant("quip", "quip", {"group_size": "tensor"}),
         Variant("spqr", "spqr", {"group_size": 16}),
         Variant("awq", "awq", {"symmetric": False}),
+        Variant("rtn-a8", "rtn", {"activation_bits": 8}, False),
+        Variant("rtn-a8-static", "rtn", {"activation_bits": 8, "activation_static": True}, False),
+        Variant("smoothquant", "smoothquant", {}, False),
+        Variant("smoothquant-static", "smoothquant", {"activation_static": True}, False),
+        Variant(
+            "smoothquant-static-but-down",
+            "smoothquant",
+            {"activation_static": True, "overrides": {"down_proj": {"activation_static": False}}},
+            False,
+        ),
+        Variant("rtn-a4", "rtn", {"activation_bits": 4, "activation_group_size": 64}, False),
+        Variant("smoothquant-a4", "smoothquant", {"activation_bits": 4, "activation_group_size": 64}, False),
+        Variant("svdquant", "svdquant", {}, False),
+        Variant("svdquant-once", "svdquant", {"iterations": 1}, False),
+        Variant("svdquant-gptq", "svdquant", {"gptq": True}, False),
+        Variant("svdquant-a16", "svdquant", {"activation_bits": None}, False),
         Variant("signround-50", "signround", {"iterations": 50}),
         Variant("signround", "signround", {"iterations": 200}),
         Variant("auto", "auto"),

@@ -1,0 +1,1 @@
+"""Parts of benchmarks/low_rank.py."""
