@@ -42,6 +42,7 @@ VARIANTS = {
         Variant("gptq-asym-clip", "gptq", {"symmetric": False, "search_clip": True}),
         Variant("gptq-asym-clip-order", "gptq", {"symmetric": False, "search_clip": True, "act_order": True}),
         Variant("gptq-rotate", "gptq", {"search_clip": True, "rotate": True}),
+        Variant("gptq-rotate-plain", "gptq", {"rotate": True}),
         Variant("gptq-tuned", "gptq", {"search_clip": True, "tuning": {"epochs": 4}}),
         Variant("quip", "quip", {"group_size": "tensor"}),
         Variant("spqr", "spqr", {"group_size": 16}),
@@ -62,6 +63,17 @@ VARIANTS = {
         Variant("svdquant-once", "svdquant", {"iterations": 1}, False),
         Variant("svdquant-gptq", "svdquant", {"gptq": True}, False),
         Variant("svdquant-a16", "svdquant", {"activation_bits": None}, False),
+        *(
+            Variant(f"{method}-a{bits}-token", method, {"activation_bits": bits, **fields}, False)
+            for bits in (4, 6)
+            for method, fields in (
+                ("rtn", {"symmetric": False}),
+                ("smoothquant", {"symmetric": False}),
+                ("omniquant", {}),
+                ("qllm", {}),
+                ("quarot", {}),
+            )
+        ),
         Variant("signround-50", "signround", {"iterations": 50}),
         Variant("signround", "signround", {"iterations": 200}),
         Variant("auto", "auto"),
