@@ -75,7 +75,7 @@ def code_entropy(ordered: Tensor, grid: Grid, number_format: NumberFormat) -> Te
     values = number_format.table[torch.isfinite(number_format.table)].unique().to(ordered.device)
     middles = (values[1:] + values[:-1]) / 2
     edges = (middles - grid.zero_point.unsqueeze(-1)) * grid.scale.unsqueeze(-1)
-    below = torch.searchsorted(ordered, edges, out_int32=True)
+    below = torch.searchsorted(ordered.contiguous(), edges.contiguous(), out_int32=True)
     size = ordered.shape[-1]
     ends = below.new_tensor([0, size]).expand(*below.shape[:-1], 2)
     counts = torch.cat([ends[..., :1], below, ends[..., 1:]], -1).diff()

@@ -16,15 +16,13 @@ from tests.matrix.conftest import config_of, data_of
 from tests.matrix.models import MODELS, TinyModel, fingerprint
 
 RANK = 3
-OWN = ("svdquant",)  # its branch is the method: it takes the directions of the weight, not of the error
+OWN = ("svdquant",)  # its branch is the method, of the weight and not of its error: other metrics are refused
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_weighted_by_its_inputs_it_saves_and_reloads(
     method: Any, name: str, float_folder: Callable[[TinyModel], Path], tmp_path: Path
 ) -> None:
-    if method.name in OWN:
-        pytest.skip("it has a low-rank branch of its own")
     check(method, MODELS[name], float_folder(MODELS[name]), tmp_path)
 
 
@@ -41,7 +39,8 @@ def test_convolutions_too(float_folder: Callable[[TinyModel], Path], tmp_path: P
 
 def check(method: Any, tiny: TinyModel, folder: Path, tmp_path: Path) -> None:
     config = config_of(method, tiny)
-    config.low_rank, config.dataset, config.num_samples = LowRankConfig(RANK, metric="full"), data_of(tiny), 2
+    metric = "identity" if method.name in OWN else "full"
+    config.low_rank, config.dataset, config.num_samples = LowRankConfig(RANK, metric=metric), data_of(tiny), 2
     model = tiny.load(folder, quantization_config=config)
     modules = packed_modules(model)
     assert {module.layer_spec.low_rank for module in modules.values()} == {RANK}
