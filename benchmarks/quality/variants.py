@@ -23,6 +23,7 @@ class Variant:
     by_default: bool = True
 
 
+BRANCH = {"rank": 16, "metric": "full", "factor_bits": 8}
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -80,6 +81,8 @@ VARIANTS = {
         Variant("auto-tuned-4", "auto", {"tuning": {"epochs": 4}}),
         Variant("auto-int", "auto", {"formats": ["int"]}),
         Variant("auto-3.25", "auto", {"bits_per_weight": 3.25}),
+        Variant("auto-3.63-untuned", "auto", {"bits_per_weight": 3.63, "tuning": None}, False),
+        Variant("auto-branch-untuned", "auto", {"low_rank": BRANCH, "tuning": None}, False),
         Variant("auto-best", "auto", {"effort": "best"}),
         Variant("autoround", "peer:autoround", {"iterations": 200}),
         Variant("autoround-50", "peer:autoround", {"iterations": 50}),

@@ -72,4 +72,7 @@ def _explained(config: AutoLowbitConfig) -> list[str]:
         "best": f"auto: weights are rounded by SignRound, {config.iterations} iterations from GPTQ's codes",
     }
     formats = " or ".join(config.formats)
-    return [f"{how[config.effort]}; layers of 2 to 4 bits take {formats}, what loses less on their inputs"]
+    lines = [f"{how[config.effort]}; layers of 2 to 4 bits take {formats}, what loses less on their inputs"]
+    if config.low_rank is None:
+        lines.append("auto: no low-rank branch: bits of codes bought more where it was measured; low_rank adds one")
+    return lines
