@@ -52,7 +52,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0], None, None, None, None
+        return gradient.mul_(gradients[0]), None, None, None, None  # in place: it is as large as the logits
 
 
 class Predictions:
@@ -74,11 +74,14 @@ class Predictions:
         self._head = None if head is None else [p.data for p in (head.weight, head.bias) if isinstance(p, Tensor)]
         self._kept, self._sizes = [], []
         for batch in self._batches:
-            with torch.no_grad(), _calls(head) as calls:
-                output = model(**batch)
-            prediction = _prediction(output) if head is None else calls[-1][0]
-            self._kept.append(store.put(prediction))
-            self._sizes.append(len(prediction))
+            size = _samples(batch)
+            parts = []
+            for index in range(size):  # one by one: the logits of a batch would take more memory than all the rest
+                with torch.no_grad(), _calls(head) as calls:
+                    output = model(**_cut(batch, size, slice(index, index + 1)))
+                parts.append(_prediction(output) if head is None else calls[-1][0])
+            self._kept.append(store.put(torch.cat(parts)))
+            self._sizes.append(size)
 
     def pieces(self, samples: int) -> list[Piece]:
         """All batches, in pieces of at most that many samples."""
@@ -87,6 +90,23 @@ class Predictions:
             for batch, size in enumerate(self._sizes)
             for start in range(0, size, samples)
         ]
+
+    def parts(self, piece: Piece) -> list[tuple[Piece, float]]:
+        """A piece sample by sample, with weights by which the parts' losses add up to the piece's.
+
+        Only divergences add up: the other loss is one of the whole piece.
+        """
+        if self._head is None:
+            return [(piece, 1.0)]
+        found = [Piece(piece.batch, slice(i, i + 1)) for i in range(piece.samples.start, piece.samples.stop)]
+        tokens = [self._tokens(part) for part in found]
+        return [(part, count / max(1.0, sum(tokens))) for part, count in zip(found, tokens, strict=True)]
+
+    def _tokens(self, piece: Piece) -> float:
+        kept = self._store.get(self._kept[piece.batch])[piece.samples]
+        mask = self._cut(piece).get("attention_mask")
+        counts = isinstance(mask, Tensor) and mask.shape == kept.shape[:-1]
+        return float(mask.sum()) if counts and isinstance(mask, Tensor) else float(kept.shape[:-1].numel())
 
     def loss(self, model: nn.Module, piece: Piece) -> Tensor:
         """How far the model's predictions are, mean over the piece's tokens (those that its mask leaves)."""
@@ -108,11 +128,21 @@ class Predictions:
         return loss
 
     def _cut(self, piece: Piece) -> Batch:
-        size = self._sizes[piece.batch]
-        return {
-            key: value[piece.samples] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
-            for key, value in self._batches[piece.batch].items()
-        }
+        return _cut(self._batches[piece.batch], self._sizes[piece.batch], piece.samples)
+
+
+def _samples(batch: Batch) -> int:
+    """How many, by the first tensor that has tokens or channels beside them."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
+    return len(next((tensor for tensor in tensors if tensor.dim() > 1), tensors[0]))
+
+
+def _cut(batch: Batch, size: int, samples: slice) -> Batch:
+    """Some of the samples of a batch of ``size``."""
+    return {
+        key: value[samples] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+        for key, value in batch.items()
+    }
 
 
 def _head_of(model: nn.Module) -> Any:

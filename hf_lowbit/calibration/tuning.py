@@ -110,12 +110,14 @@ def _train(
             rate = learning_rate * min(1 - step / steps, (step + 1) / _WARM_UP)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["share"]
-            loss = predictions.loss(model, pieces[place])
-            loss.backward()
+            losses.append(0.0)
+            for part, share in predictions.parts(pieces[place]):  # one by one: activations take memory
+                loss = predictions.loss(model, part) * share
+                loss.backward()
+                losses[-1] += loss.item()
             _average(trained)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
             step += 1
         logger.info("tuning, pass %d of %d: loss %.4g", epoch + 1, epochs, sum(losses) / len(losses))
 

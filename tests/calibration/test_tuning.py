@@ -104,6 +104,20 @@ def test_the_loss_is_the_divergence_of_what_the_mask_leaves() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(each, weight)[0] for each in (loss, by_hand)))
 
 
+def test_the_losses_of_single_samples_add_up() -> None:
+    """Also where the mask leaves one sample fewer tokens than another."""
+    model, other = llama(), llama(1)
+    mask = torch.ones_like(data())
+    mask[0, -5:] = mask[1, -9:] = 0
+    with TensorStore() as store:
+        predictions = Predictions(model, [{"input_ids": data(), "attention_mask": mask}], store)
+        (piece,) = predictions.pieces(len(mask))
+        parts = predictions.parts(piece)
+        assert len(parts) == len(mask) and len({share for _, share in parts}) == 3
+        total = sum(predictions.loss(other, part) * share for part, share in parts)
+        torch.testing.assert_close(total, predictions.loss(other, piece))
+
+
 def test_it_comes_closer_to_the_float_model_and_keeps_the_codes() -> None:
     model = llama()
     plain = hf_lowbit.quantize(copy.deepcopy(model), config(tuning=None))
