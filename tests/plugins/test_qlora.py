@@ -50,28 +50,35 @@ def test_the_codebook_is_its_construction() -> None:
     assert (table.diff() > 0).all() and [table[i].item() for i in (0, 7, 15)] == [-1.0, 0.0, 1.0]
 
 
+def waves(rows: int) -> Tensor:
+    """The same everywhere, whatever draws random numbers."""
+    steps = torch.arange(rows * 256, dtype=torch.float64)
+    return ((steps * 0.37).sin() * (steps * 0.011).cos()).reshape(rows, 256).float()
+
+
 # 2
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_codes_are_those_of_bitsandbytes(dtype: torch.dtype) -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
-    weight = normal(128, 256).to(dtype)
-    words, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    theirs = torch.stack([words >> 4, words & 15], -1).reshape(128, 256)
-    packed = rounded(weight, PLAIN)
-    assert torch.equal(codes_of(packed), theirs)
-    assert torch.equal(scales(packed).flatten(), state.absmax.flatten().float())
-    assert torch.equal(packed.spec.number_format.table, state.code.float())
+def test_codes_are_those_of_bitsandbytes() -> None:
+    """As bitsandbytes 0.50.2 gave them: quantize_4bit(waves(1), blocksize=64, quant_type="nf4"), in hexadecimal digits."""
+    theirs = (
+        "7befffed9521000137befffed9521001147bdeffec9521001247bdeeedc95311"
+        "00147beeffec9521111247bdeeedb8532112357abcdcba86433344679aaaa987"
+        "65545566788887777788899887654444568abcccb97432112469ceeeeda63100"
+        "23469bddddc9642111246aceeeeca631101136adeffeda631000136adffffda6"
+    )
+    packed = rounded(waves(1), PLAIN)
+    assert "".join(f"{code:x}" for code in codes_of(packed).flatten().tolist()) == theirs
+    assert torch.equal(scales(packed).flatten(), waves(1).reshape(4, 64).abs().amax(-1))
 
 
 def test_double_quantized_scales_lie_as_close_as_those_of_bitsandbytes() -> None:
-    """Uniform steps from the smallest to the largest, where bitsandbytes' lie closest around the mean."""
-    functional = pytest.importorskip("bitsandbytes.functional")
-    weight = normal(512, 256) * torch.linspace(0.5, 2, 512).unsqueeze(1)
-    _, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    """Uniform steps from the smallest to the largest, where bitsandbytes' lie closest around the mean.
+
+    Its relative error of these scales, with compress_statistics=True, was 0.00271 (0.50.2).
+    """
+    weight = waves(512) * torch.linspace(0.5, 2, 512).unsqueeze(1)
     exact = weight.reshape(512, 4, 64).abs().amax(-1)
-    theirs = functional.dequantize_blockwise(state.absmax, state.state2).flatten() + state.offset
     ours = scales(rounded(weight, QLoRAConfig(scale_dtype="float16")))
-    assert (ours - exact).norm() < (theirs.reshape(512, 4) - exact).norm()
+    assert (ours - exact).norm() / exact.norm() < 0.00271
     assert (scales(rounded(weight)) / exact - 1).abs().max() < 2**-6  # bfloat16 offsets and steps
 
 

@@ -62,7 +62,7 @@ void check(const hfl_matrix& w, int64_t m, int threads) {
     expect(hfl_decode(&w, nullptr, 0, w.rows, decoded.data(), HFL_FLOAT32, threads) == 0, "decode", w);
     std::vector<int8_t> codes(x.size());
     for (size_t i = 0; i < x.size(); i++) x[i] = codes[i] = static_cast<int8_t>(random_bits() % 255 - 127);
-    const std::vector<float> ones(n, 1.0f);
+    const std::vector<float> ones(n * std::max<size_t>(1, static_cast<size_t>(w.groups)), 1.0f);
     const hfl_matrix* matrices[] = {&w, &w};
     std::vector<float> again(y.size());
     void* results[] = {y.data(), again.data()};
@@ -81,8 +81,11 @@ void check(const hfl_matrix& w, int64_t m, int threads) {
     expect(hfl_linear(matrices, 2, x.data(), HFL_FLOAT32, m, w.columns, results, threads) == 0, "linear", w);
     compare("linear");
     if (hfl_multiplies_int8(&w)) {
-        expect(hfl_linear_int8(matrices, 2, codes.data(), ones.data(), m, HFL_FLOAT32, results, threads) == 0, "int8", w);
-        compare("int8");
+        for (const int64_t groups : {int64_t(1), static_cast<int64_t>(w.groups)}) {  // of the inputs
+            const int failed = hfl_linear_int8(matrices, 2, codes.data(), ones.data(), groups, m, HFL_FLOAT32, results, threads);
+            expect(failed == 0, "int8", w);
+            compare("int8");
+        }
     }
     std::vector<uint16_t> half(2 * columns);
     for (int type : {HFL_BFLOAT16, HFL_FLOAT16}) {
