@@ -58,7 +58,7 @@ def waves(rows: int) -> Tensor:
 
 # 2
 def test_codes_are_those_of_bitsandbytes() -> None:
-    """As bitsandbytes 0.50.2 gave them: quantize_4bit(waves(1), blocksize=64, quant_type="nf4"), in hexadecimal digits."""
+    """As bitsandbytes 0.50.2 gave them: quantize_4bit(waves(1), blocksize=64, quant_type="nf4"), hexadecimal."""
     theirs = (
         "7befffed9521000137befffed9521001147bdeffec9521001247bdeeedc95311"
         "00147beeffec9521111247bdeeedb8532112357abcdcba86433344679aaaa987"
