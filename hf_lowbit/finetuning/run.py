@@ -99,7 +99,10 @@ def _check_output(output: Path) -> None:
 def _check_model(model: str, config: LowbitConfig | None) -> None:
     stored = read_json(model, "config.json")
     if stored is None:
-        raise ConfigError(f"{model} has no config.json: it is no transformers model")
+        raise ConfigError(
+            f"{model} has no config.json: it is neither a folder with a transformers model nor a repository that "
+            "can be reached"
+        )
     method = str(stored.get("quantization_config", {}).get("quant_method", ""))
     if config is None and not method.startswith("lowbit_"):
         raise ConfigError(
