@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 import hf_lowbit
-import hf_lowbit_irqlora.recipe
+import hf_lowbit_ir_qlora.recipe
 from hf_lowbit import ConfigError, IRQLoRAConfig, QLoRAConfig
 from hf_lowbit.formats import PackedTensor, decode
 from hf_lowbit.plan import packed_modules
 from hf_lowbit.rounding import round_to_nearest
 from hf_lowbit.rounding.entropy import fit_entropy
 from hf_lowbit.rounding.store import round_with
-from hf_lowbit_irqlora import METHOD
+from hf_lowbit_ir_qlora import METHOD
 from tests.matrix.models import MODELS
 
 
@@ -35,7 +35,7 @@ def test_fields_reach_the_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(options)
         return fit_entropy(*args, **options)
 
-    monkeypatch.setattr(hf_lowbit_irqlora.recipe, "fit_entropy", spy)
+    monkeypatch.setattr(hf_lowbit_ir_qlora.recipe, "fit_entropy", spy)
     rounded(normal(8, 64), IRQLoRAConfig())
     rounded(normal(8, 64), IRQLoRAConfig(tau_range=0.2, tau_steps=3))
     assert calls == [{"tau_range": 0.1, "steps": 100}, {"tau_range": 0.2, "steps": 3}]

@@ -11,7 +11,7 @@ from hf_lowbit.method import Recipe
 from hf_lowbit.rounding import round_to_nearest
 from hf_lowbit.rounding.entropy import fit_entropy
 from hf_lowbit.rounding.store import round_with, stack
-from hf_lowbit_irqlora.config import IRQLoRAConfig
+from hf_lowbit_ir_qlora.config import IRQLoRAConfig
 
 
 def make_recipe(config: IRQLoRAConfig) -> Recipe:
