@@ -15,7 +15,7 @@ from hf_lowbit.formats.packed import from_bits
 from hf_lowbit.kernels import decode_matrix
 from hf_lowbit.nn.exact import ExactSpec
 from hf_lowbit.nn.factors import FACTOR_DTYPE, expand_low_rank, factor_shapes, read_factors, stored_factors
-from hf_lowbit.nn.inputs import QuantizedInputs
+from hf_lowbit.nn.inputs import INPUT_SCALE, QuantizedInputs
 from hf_lowbit.nn.spec import LayerSpec
 from hf_lowbit.nn.transforms import TransformSpec
 
@@ -106,6 +106,13 @@ class PackedModule(QuantizedInputs):
                 raise SpecError(f"layers of kind {self.kind!r} cannot have an exact part")
             stored |= {f"{name}_exact_{part}": value for part, value in exact.companions(leading[0], columns).items()}
         return stored
+
+    def input_companions(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The stored scale of static inputs, repeated for each expert and each stacked projection."""
+        if not self.has_static_inputs:
+            return {}
+        leading, _ = self.matrix_shape(name)
+        return {f"{name}{INPUT_SCALE}": ((*leading[:-1], self.branches(name)), torch.int32)}
 
     def allocate(self, name: str, packed: bool) -> None:
         """Create empty companions on the parameter's device; with ``packed`` also empty codes in its place."""

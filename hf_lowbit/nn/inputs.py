@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from hf_lowbit.formats import PackedTensor
 from hf_lowbit.kernels import packed_linear
 from hf_lowbit.nn.spec import LayerSpec
 
-_SUFFIX = "_input_scale"
+INPUT_SCALE = "_input_scale"  # after the name of a parameter
 
 
 class QuantizedInputs(nn.Module):
@@ -30,7 +32,7 @@ class QuantizedInputs(nn.Module):
 
     def input_scale(self, name: str = "weight", expert: int | None = None) -> Tensor | None:
         """float32 ``[1]``; None where inputs are not static, or the scale is not known yet."""
-        stored = self._parameters.get(f"{name}{_SUFFIX}") if self.has_static_inputs else None
+        stored = self._parameters.get(f"{name}{INPUT_SCALE}") if self.has_static_inputs else None
         if stored is None:
             return None
         return (stored if expert is None else stored[expert]).view(torch.float32)[:1]
@@ -49,12 +51,9 @@ class QuantizedInputs(nn.Module):
             repeated = torch.full(shape, float(scale), dtype=torch.float32, device=device)
             setattr(self, key, nn.Parameter(repeated.view(dtype), requires_grad=False))
 
+    @abstractmethod
     def input_companions(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Parameter name -> (shape, dtype) of what is stored for the inputs of ``name``."""
-        if not self.has_static_inputs:
-            return {}
-        leading, _ = self.matrix_shape(name)
-        return {f"{name}{_SUFFIX}": ((*leading[:-1], self.branches(name)), torch.int32)}
 
     def input_problem(self, name: str) -> str | None:
         """What is wrong with the stored scale of the inputs of ``name``, if anything is."""
@@ -67,14 +66,6 @@ class QuantizedInputs(nn.Module):
     def multiply(self, x: Tensor, packed: PackedTensor, name: str = "weight", expert: int | None = None) -> Tensor:
         """x ``[..., columns]`` times the codes of a parameter, or some rows of them, or those of an expert."""
         return packed_linear(x, packed, self.layer_spec.activation, self.backend, self.input_scale(name, expert))
-
-    def matrix_shape(self, name: str) -> tuple[tuple[int, ...], int]:
-        """Of the packed module."""
-        raise NotImplementedError
-
-    def branches(self, name: str) -> int:
-        """Of the packed module."""
-        raise NotImplementedError
 
 
 def is_scale(scale: Tensor) -> bool:
