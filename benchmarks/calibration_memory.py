@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -71,11 +72,12 @@ def quantize(options: argparse.Namespace) -> None:
 
     import hf_lowbit
     from hf_lowbit import engine
-    from hf_lowbit.calibration.store import TensorStore
 
     torch.set_num_threads(options.threads)
     engine.default_limit = lambda: options.limit_mb << 20  # type: ignore[assignment]
-    spilled = _count_spilled(TensorStore)
+    spilled, logger = Spilled(), logging.getLogger("hf_lowbit")
+    logger.addHandler(spilled)
+    logger.setLevel(logging.INFO)
     size = sum(file.stat().st_size for file in options.worker.glob("*.safetensors"))
     ids = torch.randint(0, 128256, (options.samples, options.length), generator=torch.Generator().manual_seed(0))
     method = hf_lowbit.methods()[options.method]
@@ -89,7 +91,7 @@ def quantize(options: argparse.Namespace) -> None:
         "float_mb": size / 2**20,
         "peak_mb": (peak.largest - before) / 2**20,
         "ratio": (peak.largest - before) / size,
-        "spilled_mb": spilled() / 2**20,
+        "spilled_mb": spilled.megabytes,
         "seconds": time.monotonic() - begun,
         "bits_per_weight": hf_lowbit.report(model).bits_per_weight,
     }
@@ -120,18 +122,14 @@ class Peak:
         self._thread.join()
 
 
-def _count_spilled(store: type) -> object:
-    """Bytes that all stores together have written, as a function."""
-    total = [0]
-    keep = store._keep  # type: ignore[attr-defined]
+class Spilled(logging.Handler):
+    """What the engine says it has written to disk."""
 
-    def counting(self: object, key: int, tensor: object) -> None:
-        before = self.spilled  # type: ignore[attr-defined]
-        keep(self, key, tensor)
-        total[0] += self.spilled - before  # type: ignore[attr-defined]
+    megabytes = 0
 
-    store._keep = counting  # type: ignore[attr-defined]
-    return lambda: total[0]
+    def emit(self, record: logging.LogRecord) -> None:
+        if "of activations were spilled" in str(record.msg):
+            self.megabytes = record.args[0]  # type: ignore[index,assignment]
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,6 +25,7 @@ from hf_lowbit.plan import build_plan, packed_modules
 from hf_lowbit.rounding import round_to_nearest
 from hf_lowbit.state import shared_weights
 from hf_lowbit.tensorwise import pack_parameter
+from tests.calibration.processes import run_in_two
 from tests.matrix.models import MODELS
 
 RANK = 4
@@ -256,16 +255,8 @@ def compensated(folder: Path, name: str) -> None:
     torch.save(model.state_dict(), folder / name)
 
 
-def worker(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        compensated(folder, f"rank{rank}")
-    finally:
-        dist.destroy_process_group()
-
-
 def test_two_processes_weigh_as_one(tmp_path: Path) -> None:
-    mp.spawn(worker, (tmp_path,), nprocs=2)
+    run_in_two(compensated, tmp_path)
     compensated(tmp_path, "alone")
     first, second, alone = (torch.load(tmp_path / name) for name in ("rank0", "rank1", "alone"))
     assert all(torch.equal(second[key], tensor) for key, tensor in first.items())

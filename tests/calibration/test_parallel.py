@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import hf_lowbit
 from hf_lowbit.calibration.block import Block
@@ -14,6 +12,7 @@ from hf_lowbit.calibration.walk import Walk
 from hf_lowbit.plan import build_plan
 from hf_lowbit.rounding import round_to_nearest
 from hf_lowbit.tensorwise import pack_parameter
+from tests.calibration.processes import run_in_two
 from tests.matrix.models import MODELS, fingerprint
 
 
@@ -34,16 +33,8 @@ def gather(folder: Path, name: str) -> None:
     torch.save((sums, fingerprint(model)), folder / name)
 
 
-def worker(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        gather(folder, f"rank{rank}")
-    finally:
-        dist.destroy_process_group()
-
-
 def test_two_processes_sum_to_one(tmp_path: Path) -> None:
-    mp.spawn(worker, (tmp_path,), nprocs=2)
+    run_in_two(gather, tmp_path)
     gather(tmp_path, "alone")
     alone, bits = torch.load(tmp_path / "alone")
     for rank in range(2):
