@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_lowbit.config_parts import ConfigError, LowRankConfig, TuningConfig, check_absorbs, check_field_names
+from hf_lowbit.config_parts import (
+    ConfigError,
+    LowRankConfig,
+    TuningConfig,
+    check_absorbs,
+    check_activations,
+    check_field_names,
+)
 from hf_lowbit.formats import SpecError, WeightSpec
 from hf_lowbit.formats.activation import ACTIVATION_FIELDS, activation_of, inherited_fields
 from hf_lowbit.formats.number_format import default_bits
@@ -52,10 +59,12 @@ class LowbitConfig(QuantizationConfigMixin):
         activation_bits, activation_format: quantization of inputs: 4, 6 or 8 bits of "int" (the default format when
             bits are given), or "float8_e4m3fn", by default with a scale per token, made as it comes. None: full
             precision.
-        activation_symmetric: False: 4 or 6 bits with a zero point per scale. An override that changes the width to 8
-            bits, or the format, goes back to True.
-        activation_group_size: g inputs of a token share a scale; None: all of them.
-        activation_static: one scale for each layer's input, found on calibration data and stored.
+        activation_symmetric: False: "int" with a zero point per scale. An override with another format goes back to
+            True.
+        activation_group_size: g inputs share a scale; None: all of them.
+        activation_static: scales of each layer's input are found on calibration data and stored.
+        activation_timesteps: static ones for each timestep of a diffusion model that the data has.
+        activation_shift: static ones of a floating-point format have a centre, too.
         activation_percentile: static scales cover this share of |input|, in percent, and clip the rest (Quamba, arXiv
             2410.13229); 100 covers the largest.
         quantize_embeddings, quantize_lm_head: also pack these; either one packs both where they are tied.
@@ -75,6 +84,7 @@ class LowbitConfig(QuantizationConfigMixin):
     quant_method: ClassVar[MethodName] = MethodName("lowbit")  # type: ignore[misc,assignment]
     codes_scales: ClassVar[bool] = False  # whether the method fits its codes to scales that are codes too (scale_bits)
     searches_exponent: ClassVar[bool] = False  # whether the method finds the exponent of "power" where none is given
+    searches_split: ClassVar[bool] = False  # whether it finds exponent and mantissa of "fp"
     fits_rank: ClassVar[bool] = False  # whether layers smaller than the rank go without a branch, and are not refused
 
     format: str = "int"
@@ -93,6 +103,8 @@ class LowbitConfig(QuantizationConfigMixin):
     activation_symmetric: bool = True
     activation_group_size: int | None = None
     activation_static: bool = False
+    activation_timesteps: bool = False
+    activation_shift: bool = False
     activation_percentile: float = 100.0
     quantize_embeddings: bool = False
     quantize_lm_head: bool = False
@@ -157,8 +169,9 @@ class LowbitConfig(QuantizationConfigMixin):
             raise ConfigError(f"{type(self).__name__}: provenance must be a dictionary, not {self.provenance!r}")
         if type(self.seed) is not int:
             raise ConfigError(f"{type(self).__name__}: seed must be an integer, not {self.seed!r}")
-        flags = ("symmetric", "real_zero_point", "activation_symmetric", "activation_static", "strict_groups")
-        for name in (*flags, "quantize_embeddings", "quantize_lm_head"):
+        inputs = ("activation_symmetric", "activation_static", "activation_timesteps", "activation_shift")
+        others = ("symmetric", "real_zero_point", "strict_groups", "quantize_embeddings", "quantize_lm_head")
+        for name in (*inputs, *others):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{type(self).__name__}: {name} must be True or False, not {getattr(self, name)!r}")
         for name in ("num_samples", "sequence_length"):
@@ -166,7 +179,7 @@ class LowbitConfig(QuantizationConfigMixin):
                 raise ConfigError(
                     f"{type(self).__name__}: {name} must be a positive integer, not {getattr(self, name)!r}"
                 )
-        self._check_activations()
+        check_activations(self)
         if reason := why_not(self.backend):
             raise ConfigError(f"{type(self).__name__}: {reason}")
         for name, part in _PARTS.items():
@@ -176,26 +189,6 @@ class LowbitConfig(QuantizationConfigMixin):
         if self.tuning is not None and self.low_rank is not None and self.low_rank.keep == "adapter":
             raise ConfigError(
                 f"{type(self).__name__}: tuning would train the model without its adapter; use low_rank keep='branch'"
-            )
-
-    def _check_activations(self) -> None:
-        asked = self.activation_bits is not None or self.activation_format is not None
-        for name, default, needs in (
-            ("activation_symmetric", True, "activation_bits=4 or 6"),
-            ("activation_group_size", None, "activation_bits or activation_format"),
-            ("activation_static", False, "activation_bits or activation_format"),
-        ):
-            if not asked and (value := getattr(self, name)) != default:
-                raise ConfigError(f"{type(self).__name__}: {name}={value} needs {needs}")
-        percentile = self.activation_percentile
-        if type(percentile) not in (int, float) or not 0 < percentile <= 100:
-            raise ConfigError(
-                f"{type(self).__name__}: activation_percentile must lie above 0 and at most at 100, not {percentile!r}"
-            )
-        if percentile != 100 and not self.has_static_inputs:
-            raise ConfigError(
-                f"{type(self).__name__}: activation_percentile={percentile} needs activation_static=True: scales that "
-                "are made as inputs come cover all of them"
             )
 
     @property
@@ -250,8 +243,13 @@ class LowbitConfig(QuantizationConfigMixin):
             raise SpecError(
                 f"scale_bits={weight.scale_bits}: the method keeps its scales as they are; use scale_bits=None"
             )
-        if weight.is_open and not self.searches_exponent:
+        if weight.is_open and not (self.searches_split if weight.format == "fp" else self.searches_exponent):
             weight.number_format  # noqa: B018  raises: the method cannot complete it
+        if activation is not None and activation.is_open and not self.searches_split:
+            raise SpecError(
+                "static inputs of format 'fp' need a method that searches exponent and mantissa, such as fp_diffusion; "
+                "give activation_format='fp_eXmY'"
+            )
         return LayerSpec(weight, activation, rank, factor_bits=factor_bits)
 
     def to_dict(self) -> dict[str, Any]:
@@ -297,8 +295,11 @@ class LowbitConfig(QuantizationConfigMixin):
         """A copy that shares the dataset: from_pretrained copies configs, data must not be."""
         return replace(self, plan=copy.deepcopy(self.plan, memo), provenance=copy.deepcopy(self.provenance, memo))
 
-    def copy_with_data(self, data: Any) -> LowbitConfig:
-        """A copy for one run: with ``data`` as dataset (if given) and without an earlier run's plan."""
+    def copy_with_data(self, data: Any, drawn: bool = False) -> LowbitConfig:
+        """A copy for one run: with ``data`` as dataset (if given) and without an earlier run's plan.
+
+        ``drawn``: data will come from a pipeline. A method that does without data may do more with it.
+        """
         dataset = self.dataset if data is None else data
         return replace(self, dataset=dataset, plan=None, provenance=dict(self.provenance))
 

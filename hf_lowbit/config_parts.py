@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from hf_lowbit.compensation import METRICS
 from hf_lowbit.formats import SpecError, WeightSpec
 from hf_lowbit.nn.factors import check_factor_bits
+
+if TYPE_CHECKING:
+    from hf_lowbit.config import LowbitConfig
 
 _KEEP = ("branch", "adapter", "fused")
 
@@ -105,7 +109,9 @@ class TuningConfig:
 def check_absorbs(weight: WeightSpec) -> None:
     """Raise ConfigError for a format whose values are not known while a correction is trained to be fused into it."""
     reason = None
-    if weight.is_open:
+    if weight.format == "fp":
+        reason = "the split of format 'fp' is searched for the finished weight; give format='fp_eXmY'"
+    elif weight.is_open:
         reason = "the exponent of format 'power' is searched for the finished weight; give exponent=..."
     elif weight.has_fitted_table:
         reason = "the table of format 'codebook' is fitted to the finished weight; give codebook=[...]"
@@ -129,3 +135,27 @@ def _unknown(name: str, value: object, allowed: tuple[str, ...]) -> str:
     close = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"supported: {', '.join(map(repr, allowed))}"
     return f"low_rank.{name}={value!r} is not supported; {hint}"
+
+
+def check_activations(config: LowbitConfig) -> None:
+    """Raise ConfigError for fields about quantized inputs that say nothing without others."""
+    asked = config.activation_bits is not None or config.activation_format is not None
+    for name, default, needs in (
+        ("activation_symmetric", True, "activation_bits"),
+        ("activation_group_size", None, "activation_bits or activation_format"),
+        ("activation_static", False, "activation_bits or activation_format"),
+        ("activation_timesteps", False, "activation_bits or activation_format, and activation_static=True"),
+        ("activation_shift", False, "activation_format, and activation_static=True"),
+    ):
+        if not asked and (value := getattr(config, name)) != default:
+            raise ConfigError(f"{type(config).__name__}: {name}={value} needs {needs}")
+    percentile = config.activation_percentile
+    if type(percentile) not in (int, float) or not 0 < percentile <= 100:
+        raise ConfigError(
+            f"{type(config).__name__}: activation_percentile must lie above 0 and at most at 100, not {percentile!r}"
+        )
+    if percentile != 100 and not config.has_static_inputs:
+        raise ConfigError(
+            f"{type(config).__name__}: activation_percentile={percentile} needs activation_static=True: scales that "
+            "are made as inputs come cover all of them"
+        )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_lowbit.config import LowbitConfig
 from hf_lowbit.nn import PackedModule, connect_siblings
+from hf_lowbit.nn.timestep import attach_timestep, detach_timestep
 from hf_lowbit.reporting import Report
 
 _ATTRIBUTE = "_lowbit_state"
@@ -35,7 +36,8 @@ class QuantizationState:
 def attach_state(model: nn.Module, state: QuantizationState) -> None:
     """Remember the state on the model object, and its config on every packed module: no parameters or submodules.
 
-    The packed modules take the config's backend, and siblings compute together from now on.
+    The packed modules take the config's backend, siblings compute together from now on, and the model tells its layers
+    the timestep it is called at, if they need it.
     """
     object.__setattr__(model, _ATTRIBUTE, state)
     for module in model.modules():
@@ -43,11 +45,13 @@ def attach_state(model: nn.Module, state: QuantizationState) -> None:
             object.__setattr__(module, _LAYER_ATTRIBUTE, state.config)
             module.backend = state.config.backend
     connect_siblings(model)
+    attach_timestep(model)
 
 
 def detach_state(model: nn.Module) -> None:
     """Forget it, after dequantizing."""
     model.__dict__.pop(_ATTRIBUTE, None)
+    detach_timestep(model)
 
 
 def state_of(model: Any) -> QuantizationState | None:

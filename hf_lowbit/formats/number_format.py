@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.formats import tables
+from hf_lowbit.formats.floating_point import SPLITS, floating_point
 
-_FLOATING_POINT = re.compile(r"fp_e(\d)m(\d)")
 _TORCH_FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _INTEGER_MULTIPLIERS = (1, 2, 4, 8, 16)  # E2M1 times 2 is an integer, and so on
 
@@ -104,6 +103,7 @@ def format_names() -> dict[str, str]:
     return {
         "int": "1..8 bits",
         "fp_eXmY": "2..8 bits, 1 + X + Y, every code finite (for example fp_e2m1, fp_e4m3)",
+        "fp": "4..8 bits, X and Y found by a method that searches them (fp_diffusion)",
         "float8_e4m3fn": "8 bits, the OCP/torch variant (alias fp_e4m3fn)",
         "float8_e5m2": "8 bits, the OCP/torch variant",
         "nf": "2..4 bits",
@@ -122,8 +122,8 @@ def default_bits(name: str, codebook: Sequence[float] | None = None) -> int:
         return 2
     if name in ("float8_e4m3fn", "float8_e5m2", "fp_e4m3fn"):
         return 8
-    if match := _FLOATING_POINT.fullmatch(name):
-        return 1 + int(match[1]) + int(match[2])
+    if split := floating_point(name):
+        return split.bits
     if name == "codebook" and isinstance(codebook, Sequence):
         return max(1, (len(codebook) - 1).bit_length())
     if name in format_names():
@@ -174,6 +174,12 @@ def _make_format(name: str, bits: int, exponent: float | None, codebook: tuple[f
         if not 0 < exponent <= 4:
             raise ValueError(f"format 'power' needs an exponent with 0 < exponent <= 4, got {exponent}")
         return NumberFormat(name, bits, tables.power(bits, exponent))
+    if name == "fp":
+        _check_bits(name, bits, min(SPLITS), max(SPLITS))
+        raise ValueError(
+            f"format 'fp' leaves exponent and mantissa open: name them (for example {SPLITS[bits][1]!r}), or take a "
+            "method that searches them, such as fp_diffusion"
+        )
     if name == "codebook":
         _check_bits(name, bits, 1, 8)
         return NumberFormat(name, bits, _codebook_table(bits, codebook))
@@ -183,12 +189,11 @@ def _make_format(name: str, bits: int, exponent: float | None, codebook: tuple[f
         return NumberFormat(name, bits, tables.ternary())
     if name in _TORCH_FLOAT8:
         return NumberFormat(name, bits, tables.torch_float8(_TORCH_FLOAT8[name]))
-    match = _FLOATING_POINT.fullmatch(name)
-    assert match is not None  # default_bits accepted the name
-    exponent_bits, mantissa_bits = int(match[1]), int(match[2])
-    if exponent_bits < 1 or not 2 <= expected <= 8:
+    split = floating_point(name)
+    assert split is not None  # default_bits accepted the name
+    if split.exponent_bits < 1 or not 2 <= expected <= 8:
         raise ValueError(f"format {name!r} is not one of 2..8 bits with at least one exponent bit")
-    return NumberFormat(name, bits, tables.floating_point(exponent_bits, mantissa_bits))
+    return NumberFormat(name, bits, tables.floating_point(split.exponent_bits, split.mantissa_bits, split.signed))
 
 
 def _check_bits(name: str, bits: int, low: int, high: int) -> None:

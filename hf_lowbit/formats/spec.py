@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from hf_lowbit.formats.floating_point import SPLITS
 from hf_lowbit.formats.number_format import NumberFormat, get_format
 from hf_lowbit.formats.packing import packed_columns
 
@@ -30,8 +31,8 @@ class WeightSpec:
 
     Attributes:
         format, bits, exponent, codebook: the number format (see :func:`hf_lowbit.formats.get_format`); a codebook
-            of None is fitted to the tensor and stored with it; an exponent of None is still to be searched
-            (:attr:`is_open`).
+            of None is fitted to the tensor and stored with it; an exponent of None, and the split of "fp", are still
+            to be searched (:attr:`is_open`).
         group_size: g weights along the input share a scale; None: a whole row; "tensor": all of it.
         symmetric: False adds a zero point per scale, w = scale * (table[code] - zero_point).
         real_zero_point: asymmetric integers of more than one bit: store the zero point as a real number of
@@ -87,13 +88,23 @@ class WeightSpec:
                 raise SpecError(f"format 'codebook' allows 1 to 8 bits, not bits={self.bits}")
         else:
             try:
-                get_format(self.format, self.bits, 1.0 if self.is_open else self.exponent, self.codebook)
+                self._check_format()
             except ValueError as error:
                 raise SpecError(str(error)) from None
         self._check_second_level()
         plain = replace(self, scale_bits=None, scale_group=16, scale_dtype="float32") if self.scale_bits else self
         object.__setattr__(self, "json", json.dumps(self.to_dict()))
         object.__setattr__(self, "first_level", plain)
+
+    def _check_format(self) -> None:
+        """Raise ValueError for a number format that a weight cannot have."""
+        if self.format == "fp" and self.bits in SPLITS:
+            if not self.symmetric:
+                raise SpecError("format 'fp' is symmetric: a search of its split knows no zero point")
+            return
+        if str(self.format).startswith("ufp"):
+            raise SpecError(f"format {self.format!r} has no negative values: it is for inputs that have none")
+        get_format(self.format, self.bits, 1.0 if self.is_open else self.exponent, self.codebook)
 
     def _check_parameters(self) -> None:
         """Exponent and codebook: of the right type, and given to the format that has them only."""
@@ -139,8 +150,8 @@ class WeightSpec:
 
     @property
     def is_open(self) -> bool:
-        """True while the exponent of ``power`` is still to be searched: shapes are known, the number format is not."""
-        return self.format == "power" and self.exponent is None
+        """True while the exponent of ``power``, or the split of ``fp``, is still to be searched: shapes are known."""
+        return self.format == "fp" or (self.format == "power" and self.exponent is None)
 
     @property
     def has_fitted_table(self) -> bool:

@@ -40,10 +40,11 @@ def integer(bits: int) -> Tensor:
     return torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.float32)
 
 
-def floating_point(exponent_bits: int, mantissa_bits: int) -> Tensor:
+def floating_point(exponent_bits: int, mantissa_bits: int, signed: bool = True) -> Tensor:
     """Sign, exponent, mantissa with IEEE bias and subnormals; every code is finite (no infinities, no NaN).
 
-    Code layout is sign-exponent-mantissa from the high bit down, so E2M1 equals OCP's FP4.
+    Code layout is sign-exponent-mantissa from the high bit down, so E2M1 equals OCP's FP4; without ``signed`` there is
+    no sign bit.
     """
     magnitudes = torch.arange(2 ** (exponent_bits + mantissa_bits), dtype=torch.float64)
     fraction = torch.remainder(magnitudes, 2**mantissa_bits) / 2**mantissa_bits
@@ -52,7 +53,7 @@ def floating_point(exponent_bits: int, mantissa_bits: int) -> Tensor:
     normal = torch.exp2(exponent - bias) * (1 + fraction)
     subnormal = 2.0 ** (1 - bias) * fraction
     values = torch.where(exponent > 0, normal, subnormal)
-    return torch.cat([values, -values]).float()
+    return (torch.cat([values, -values]) if signed else values).float()
 
 
 def torch_float8(dtype: torch.dtype) -> Tensor:

@@ -1,15 +1,19 @@
 """Products with packed weights: one dispatch over the torch reference and the native CPU kernels."""
 
-from hf_lowbit.kernels.activation import quantize_tokens, restore_tokens
+from hf_lowbit.kernels.activation import Codes, quantize_tokens, restore_tokens
 from hf_lowbit.kernels.decoding import decode_matrix, look_up_rows
 from hf_lowbit.kernels.linear import packed_linear, packed_linears
+from hf_lowbit.kernels.products import convolution_of_codes
 from hf_lowbit.kernels.routes import BACKENDS, NATIVE_TOKENS, kernel_of, why_not
+from hf_lowbit.kernels.shifted import row_sums
 from hf_lowbit.kernels.sliced import arithmetic, multiplies_integers, sliced_linear
 
 __all__ = [
     "BACKENDS",
     "NATIVE_TOKENS",
+    "Codes",
     "arithmetic",
+    "convolution_of_codes",
     "decode_matrix",
     "kernel_of",
     "look_up_rows",
@@ -18,6 +22,7 @@ __all__ = [
     "packed_linears",
     "quantize_tokens",
     "restore_tokens",
+    "row_sums",
     "sliced_linear",
     "why_not",
 ]

@@ -17,7 +17,8 @@ from hf_lowbit.kernels.products import input_gradient, product
 class PackedLinearFunction(torch.autograd.Function):
     """No dense copy of the weight is kept between forward and backward.
 
-    Rounding of activations is passed straight through (straight-through estimator).
+    Rounding of activations is passed straight through (straight-through estimator). ``inputs`` are those of
+    :func:`hf_lowbit.kernels.products.product`: scale and shift of stored inputs, sums of the weight.
     """
 
     @staticmethod
@@ -27,14 +28,14 @@ class PackedLinearFunction(torch.autograd.Function):
         packed: PackedTensor,
         activation: ActivationSpec | None,
         backend: str | None,
-        input_scale: Tensor | None = None,
+        *inputs: Tensor | None,
     ) -> Tensor:
-        ctx.packed, ctx.backend = packed, backend
-        return product(x, packed, activation, backend, input_scale)
+        ctx.packed, ctx.backend, ctx.others = packed, backend, len(inputs)
+        return product(x, packed, activation, backend, *inputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return input_gradient(gradients[0], ctx.packed, ctx.backend), None, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return input_gradient(gradients[0], ctx.packed, ctx.backend), None, None, None, *[None] * ctx.others
 
 
 def convolve_decoded(

@@ -19,21 +19,25 @@ def packed_linear(
     activation: ActivationSpec | None = None,
     backend: str | None = None,
     input_scale: Tensor | None = None,
+    input_shift: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """x ``[..., columns]`` float times a packed ``[rows, columns]``, giving ``[..., rows]``. Differentiable in x.
 
     Args:
         activation: quantize x first; without it activations stay as they are.
         backend: one of :data:`hf_lowbit.kernels.BACKENDS`, or None for the best.
-        input_scale: of static activations, float32 ``[1]``; None takes that of x, for calibration.
+        input_scale, input_shift: of static activations, float32 ``[groups]`` or ``[tokens, groups]``; None takes those
+            of x, for calibration.
+        sums: :func:`hf_lowbit.kernels.row_sums` of the weight, where codes have a shift; None computes them.
     """
     x = _cast_as_autocast(x)
     if torch.compiler.is_compiling():
-        return ops.packed_linear(x, packed, activation, backend, input_scale)
+        return ops.packed_linear(x, packed, activation, backend, input_scale, input_shift, sums)
     if x.requires_grad and torch.is_grad_enabled():
-        result: Tensor = PackedLinearFunction.apply(x, packed, activation, backend, input_scale)
+        result: Tensor = PackedLinearFunction.apply(x, packed, activation, backend, input_scale, input_shift, sums)
         return result
-    return product(x, packed, activation, backend, input_scale)
+    return product(x, packed, activation, backend, input_scale, input_shift, sums)
 
 
 def packed_linears(
@@ -42,9 +46,11 @@ def packed_linears(
     activation: ActivationSpec | None = None,
     backend: str | None = None,
     input_scale: Tensor | None = None,
+    input_shift: Tensor | None = None,
+    sums: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
     """As :func:`packed_linear` for several matrices at once, without gradients: one call for all, x read once."""
-    return products(_cast_as_autocast(x), weights, activation, backend, input_scale)
+    return products(_cast_as_autocast(x), weights, activation, backend, input_scale, input_shift, sums)
 
 
 def _cast_as_autocast(x: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from hf_lowbit.kernels import products
 
 _PACKED = "Tensor weight, Tensor scale, Tensor? zero_point, Tensor? table, str spec, int columns"
 _library = torch.library.Library("hf_lowbit", "DEF")
-_library.define(f"linear(Tensor x, {_PACKED}, str? activation, Tensor? input_scale, str? backend) -> Tensor")
+_INPUTS = "str? activation, Tensor? input_scale, Tensor? input_shift, Tensor? sums"
+_library.define(f"linear(Tensor x, {_PACKED}, {_INPUTS}, str? backend) -> Tensor")
 _library.define(f"linear_backward(Tensor gradient, {_PACKED}, str? backend) -> Tensor")
 _library.define(f"decode({_PACKED}, ScalarType dtype, str? backend) -> Tensor")
 _library.define(f"rows({_PACKED}, Tensor index, ScalarType dtype, str? backend) -> Tensor")
@@ -30,10 +31,13 @@ def packed_linear(
     activation: ActivationSpec | None,
     backend: str | None,
     input_scale: Tensor | None = None,
+    input_shift: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """:func:`hf_lowbit.kernels.packed_linear` as an operator."""
     told = None if activation is None else activation.json
-    result: Tensor = torch.ops.hf_lowbit.linear(x, *_arguments(packed), told, input_scale, backend)
+    inputs = told, input_scale, input_shift, sums
+    result: Tensor = torch.ops.hf_lowbit.linear(x, *_arguments(packed), *inputs, backend)
     return result
 
 
@@ -59,7 +63,7 @@ def _weight_spec(text: str) -> WeightSpec:
     return WeightSpec.from_dict(json.loads(text))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _activation_spec(text: str) -> ActivationSpec:
     return ActivationSpec.from_dict(json.loads(text))
 
@@ -72,9 +76,9 @@ def _packed(
 
 @torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
-    *packed, activation, input_scale, backend = arguments
+    *packed, activation, input_scale, input_shift, sums, backend = arguments
     spec = None if activation is None else _activation_spec(activation)
-    return products.product(x, _packed(*packed), spec, backend, input_scale)
+    return products.product(x, _packed(*packed), spec, backend, input_scale, input_shift, sums)
 
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
@@ -118,14 +122,14 @@ def _rows_fake(weight: Tensor, *arguments: Any) -> Tensor:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, scale, zero_point, table, spec, columns, _activation, _input_scale, backend = inputs
+    _, weight, scale, zero_point, table, spec, columns, *_told, backend = inputs
     ctx.save_for_backward(weight, scale, zero_point, table)
     ctx.rest = (spec, columns, backend)
 
 
 def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     result = torch.ops.hf_lowbit.linear_backward(gradient, *ctx.saved_tensors, *ctx.rest)
-    return (result, *[None] * 9)
+    return (result, *[None] * 11)
 
 
 torch.library.register_autograd("hf_lowbit::linear", _input_gradient, setup_context=_remember, lib=_library)

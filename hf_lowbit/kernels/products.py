@@ -15,9 +15,10 @@ from hf_lowbit.formats import ActivationSpec, PackedTensor, decode
 from hf_lowbit.formats import decode_rows as reference_rows
 from hf_lowbit.formats.packed import with_plain_scales
 from hf_lowbit.kernels import cpu
-from hf_lowbit.kernels.activation import quantize_tokens
+from hf_lowbit.kernels.activation import Codes, quantize_tokens
 from hf_lowbit.kernels.reference import reference_gradient, reference_product
-from hf_lowbit.kernels.routes import native, route
+from hf_lowbit.kernels.routes import multiplies_grid, native, route
+from hf_lowbit.kernels.shifted import shifted_product
 from hf_lowbit.kernels.sliced import sliced_linear
 from hf_lowbit.kernels.tiles import tiled_gradient, tiled_product
 
@@ -28,6 +29,8 @@ def product(
     activation: ActivationSpec | None,
     backend: str | None,
     input_scale: Tensor | None = None,
+    input_shift: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """x ``[..., columns]`` times a packed ``[rows, columns]``: ``[..., rows]`` in x's type."""
     packed = with_plain_scales(packed)
@@ -37,7 +40,7 @@ def product(
         if matrix is not None and route(tokens, matrix, None) == "native":
             (result,) = cpu.linear(tokens, (matrix,))
             return result if x.dim() == 2 else result.view(*x.shape[:-1], matrix.rows)
-    return products(x, [packed], activation, backend, input_scale)[0]
+    return products(x, [packed], activation, backend, input_scale, input_shift, [sums])[0]
 
 
 def products(
@@ -46,34 +49,95 @@ def products(
     activation: ActivationSpec | None,
     backend: str | None,
     input_scale: Tensor | None = None,
+    input_shift: Tensor | None = None,
+    sums: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
-    """x times several packed matrices of the same input width; what can be shared between them is done once."""
-    tokens, weights = x.reshape(-1, x.shape[-1]), [with_plain_scales(packed) for packed in weights]
-    matrices = [native(packed, x.device, x.dtype, backend) for packed in weights]
-    ways = [route(tokens, matrix, activation) for matrix in matrices]
-    if activation is not None and any(way != "reference" for way in ways):
-        codes, scale = quantize_tokens(tokens, activation, input_scale)
-    results: list[Tensor | None] = [None] * len(weights)
-    for way in ("native", "int8"):  # one call of the native kernel for all that take this way
-        chosen = [i for i, other in enumerate(ways) if other == way]
-        described = [matrix for i in chosen if (matrix := matrices[i]) is not None]
-        if not chosen:
-            continue
-        if way == "native":
-            computed = cpu.linear(tokens, described)
+    """x times several packed matrices of the same input width; what can be shared between them is done once.
+
+    Args:
+        input_scale, input_shift: of :func:`hf_lowbit.kernels.quantize_tokens`.
+        sums: :func:`hf_lowbit.kernels.row_sums` of each matrix, where inputs have a shift; computed where missing.
+    """
+    tokens, leading = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+    if activation is None:
+        results = _products_of_floats(tokens, [with_plain_scales(packed) for packed in weights], backend)
+    else:
+        inputs = quantize_tokens(tokens, activation, input_scale, input_shift)
+        results = products_of_codes(inputs, weights, activation, backend, x.dtype, sums)
+    return [result.reshape(*leading, result.shape[-1]) for result in results]
+
+
+def products_of_codes(
+    inputs: Codes,
+    weights: Sequence[PackedTensor],
+    activation: ActivationSpec,
+    backend: str | None,
+    dtype: torch.dtype,
+    sums: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """Quantized inputs times several packed matrices ``[rows, columns]``: ``[tokens, rows]`` of each, in ``dtype``.
+
+    Raises:
+        ValueError: another number of columns.
+    """
+    codes, scale, shift = inputs
+    if any(packed.columns != codes.shape[1] for packed in weights):
+        raise ValueError(f"inputs of {codes.shape[1]} columns, and weights of {[packed.columns for packed in weights]}")
+    weights = [with_plain_scales(packed) for packed in weights]
+    matrices = [native(packed, codes.device, dtype, backend) for packed in weights]
+    chosen = [matrix for matrix in matrices if matrix is not None and route(codes, matrix, activation) == "int8"]
+    wide = dtype if shift is None else torch.float32  # what is not complete is not rounded
+    computed = cpu.linear_int8(codes, scale, chosen, wide) if chosen else []  # one call for all of them
+    done = {id(matrix): result for matrix, result in zip(chosen, computed, strict=True)}
+    results = []
+    for index, (packed, matrix) in enumerate(zip(weights, matrices, strict=True)):
+        if id(matrix) in done:
+            result = done[id(matrix)]
+        elif matrix is not None and multiplies_grid(activation):
+            result = _products_of_floats(codes.float(), [packed], backend)[0] * scale
         else:
-            computed = cpu.linear_int8(codes, scale, described, x.dtype)
-        for i, result in zip(chosen, computed, strict=True):
-            results[i] = result
-    for i, (way, matrix) in enumerate(zip(ways, matrices, strict=True)):
-        if way == "reference":
-            results[i] = reference_product(tokens, weights[i], activation, input_scale)
-        elif way == "tiles" and matrix is not None:
-            results[i] = tiled_product(tokens, matrix)
-        elif way == "sliced":
-            results[i] = sliced_linear(codes, scale, weights[i], x.dtype).to(x.dtype)
-    leading = x.shape[:-1]
-    return [result.reshape(*leading, result.shape[-1]) for result in results if result is not None]
+            result = sliced_linear(codes, scale, packed, dtype)
+        results.append(shifted_product(result, inputs, packed, sums[index] if sums else None).to(dtype))
+    return results
+
+
+def convolution_of_codes(
+    inputs: Codes,
+    packed: PackedTensor,
+    activation: ActivationSpec,
+    backend: str | None,
+    dtype: torch.dtype,
+    sums: Tensor | None = None,
+) -> Tensor:
+    """Quantized patches times a packed ``[rows, channels * taps]``: ``[positions, rows]`` in ``dtype``.
+
+    Args:
+        inputs: codes ``[..., *kernel, channels]`` of all positions, scales and shifts ``[positions, groups]``.
+    """
+    channels, positions = inputs.codes.shape[-1], inputs.scale.shape[0]
+    taps = packed.columns // channels
+    matrix = native(packed, inputs.codes.device, dtype, backend)
+    together = inputs.codes.reshape(positions, -1)  # tap by tap, as they lie: runs of all channels are copied
+    one_group = inputs.scale.shape[-1] == 1 and packed.spec.groups(packed.columns) == 1 and packed.scale_range is None
+    if one_group and (matrix is None or route(together, matrix, activation) == "sliced"):
+        result = sliced_linear(together, inputs.scale, packed, dtype, taps)
+        return shifted_product(result, inputs, packed, sums).to(dtype)
+    patches = together.unflatten(1, (taps, channels)).transpose(1, 2).flatten(1)
+    return products_of_codes(inputs._replace(codes=patches), [packed], activation, backend, dtype, [sums])[0]
+
+
+def _products_of_floats(tokens: Tensor, weights: Sequence[PackedTensor], backend: str | None) -> list[Tensor]:
+    matrices = [native(packed, tokens.device, tokens.dtype, backend) for packed in weights]
+    chosen = [matrix for matrix in matrices if matrix is not None and route(tokens, matrix, None) == "native"]
+    computed = cpu.linear(tokens, chosen) if chosen else []  # one call for all of them
+    done = {id(matrix): result for matrix, result in zip(chosen, computed, strict=True)}
+    results = []
+    for packed, matrix in zip(weights, matrices, strict=True):
+        if matrix is None:
+            results.append(reference_product(tokens, packed, None))
+        else:
+            results.append(done[id(matrix)] if id(matrix) in done else tiled_product(tokens, matrix))
+    return results
 
 
 def input_gradient(gradient: Tensor, packed: PackedTensor, backend: str | None) -> Tensor:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, decode, decode_rows
 from hf_lowbit.kernels.activation import quantize_tokens
+from hf_lowbit.kernels.shifted import shifted_product
 from hf_lowbit.kernels.sliced import sliced_linear
 
 # Of the weight, decoded at a time in backward: 16 MB in float32, enough to keep an accelerator busy.
@@ -15,7 +16,11 @@ _TILE_ELEMENTS = 1 << 22
 
 
 def reference_product(
-    x: Tensor, packed: PackedTensor, activation: ActivationSpec | None, input_scale: Tensor | None = None
+    x: Tensor,
+    packed: PackedTensor,
+    activation: ActivationSpec | None,
+    input_scale: Tensor | None = None,
+    input_shift: Tensor | None = None,
 ) -> Tensor:
     """x ``[tokens, columns]`` to ``[tokens, rows]`` in x's type.
 
@@ -24,7 +29,8 @@ def reference_product(
     """
     if activation is None:
         return F.linear(x, decode(packed, x.dtype))
-    return sliced_linear(*quantize_tokens(x, activation, input_scale), packed, x.dtype).to(x.dtype)
+    inputs = quantize_tokens(x, activation, input_scale, input_shift)
+    return shifted_product(sliced_linear(inputs.codes, inputs.scale, packed, x.dtype), inputs, packed).to(x.dtype)
 
 
 def reference_gradient(gradient: Tensor, packed: PackedTensor) -> Tensor:

@@ -4,9 +4,10 @@
 - native: the native kernel, which decodes codes in registers and reads them once per four or eight tokens; where it has
   a matrix unit, once per 128, and then it takes any number of tokens;
 - tiles: the native kernel decodes some rows into a buffer, torch multiplies: for many tokens;
-- int8: the native kernel for inputs quantized to 8 bits or fewer;
-- sliced: quantized inputs through torch, group by group, where the native kernel has no integers to multiply, or the
-  inputs have other groups than the weight.
+- int8: the native kernel for inputs quantized to integers of 8 bits or fewer (those of small floating-point formats
+  take native or tiles, in float32);
+- sliced: quantized inputs through torch, group by group: for many tokens where its int8 product is faster; where the
+  native kernel has no integers to multiply, or the inputs have other groups than the weight.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ BACKENDS = ("reference", "cpu")
 NATIVE_TOKENS = 32
 NATIVE_TOKENS_FAST_TYPE = 12
 
+# The most tokens for which the native kernel beats unpacking codes for torch's int8 product, where there is one scale
+# per row and per token: that product is many times faster where the processor has int8 dot products.
+INT8_TOKENS = 192
+
 
 def route(x: Tensor, matrix: cpu.Matrix | None, activation: ActivationSpec | None) -> str:
     """The way for x ``[tokens, columns]`` and a weight whose native view is ``matrix``: one of those above."""
@@ -36,7 +41,9 @@ def route(x: Tensor, matrix: cpu.Matrix | None, activation: ActivationSpec | Non
         is_fast_type = x.dtype != torch.float32 and multiplies_fast(x.dtype)
         most = NATIVE_TOKENS_FAST_TYPE if is_fast_type else NATIVE_TOKENS
         return "native" if x.shape[0] <= most or cpu.has_matrix_unit(matrix, x.dtype) else "tiles"
-    return "int8" if _multiplies_codes(matrix, activation) else "sliced"
+    if not _multiplies_codes(matrix, activation):
+        return "sliced"
+    return "sliced" if x.shape[0] > INT8_TOKENS and _suits_torch(matrix, activation) else "int8"
 
 
 def native(packed: PackedTensor, device: torch.device, dtype: torch.dtype, backend: str | None) -> cpu.Matrix | None:
@@ -59,14 +66,30 @@ def kernel_of(packed: PackedTensor, activation: ActivationSpec | None, backend: 
     matrix = native(first, first.weight.device, torch.float32, backend)
     if matrix is None:
         return "torch"
-    if activation is not None:
+    if activation is not None and not multiplies_grid(activation):
         return "cpu" if _multiplies_codes(matrix, activation) else "torch"
     return "cpu" if cpu.multiplies_in_registers(matrix) else "cpu, row by row"
 
 
 def _multiplies_codes(matrix: cpu.Matrix, activation: ActivationSpec) -> bool:
     has_its_groups = activation.group_size is None or activation.groups(matrix.columns) == matrix.struct.groups
+    has_least_code = activation.bits == 8 and activation.has_shift  # -128, whose sign AVX2 cannot change
+    if has_least_code and cpu.instruction_set() == "avx2":
+        return False
     return activation.format == "int" and has_its_groups and cpu.multiplies_int8(matrix)
+
+
+def multiplies_grid(activation: ActivationSpec) -> bool:
+    """Whether inputs are values of a small floating-point format with one scale: as floats, times decoded weights.
+
+    In float32, where these are exact too.
+    """
+    return activation.floating_point is not None and activation.group_size is None
+
+
+def _suits_torch(matrix: cpu.Matrix, activation: ActivationSpec) -> bool:
+    one_scale = matrix.struct.groups == 1 and activation.groups(matrix.columns) == 1
+    return one_scale and has_int8_dot() and cpu.instruction_set() != "amx"
 
 
 def why_not(backend: str | None) -> str | None:

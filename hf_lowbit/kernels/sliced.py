@@ -4,8 +4,9 @@ Each group of the input is one matrix product (a K-slice) of raw codes; its sum 
 activations have groups of their own, a slice lies within one of each. Three arithmetics:
  - int8 codes times an integer table: int32 accumulation, exact. Processors without int8 dot products take float32
    slices of at most 1024 inputs instead, whose sums stay below 2^24 and are therefore the same integers;
- - anything else (NF, most powers, fitted tables; float8 activations without float8 units): both sides decode exactly
-   to the input's type and multiply as floats. Reports name this "float (decoded)";
+ - anything else (NF, most powers, fitted tables; floating-point activations): both sides decode exactly to the input's
+   type and multiply as floats; values of small floating-point formats in bfloat16, which holds them, where there are
+   units for it that sum in float32. Reports name this "float (decoded)";
  - groups of weights and activations that have only a few inputs in common: as many products would take longer than
    decoding both sides, scales included, and one product of floats. Reports name this "simulated".
 """
@@ -22,7 +23,7 @@ from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec, decode, 
 from hf_lowbit.formats.number_format import look_up
 from hf_lowbit.formats.packed import scales, table_of, zero_points
 from hf_lowbit.kernels.activation import restore_tokens
-from hf_lowbit.kernels.routes import has_int8_dot
+from hf_lowbit.kernels.routes import has_bfloat16_units, has_int8_dot
 
 _EXACT_FLOAT_WIDTH = 1024  # 1024 * 127 * 128 < 2^24: float32 holds every partial sum exactly
 _CUDA_MULTIPLE = 8  # of every side of an int8 product there
@@ -49,7 +50,9 @@ def multiplies_integers(weight: WeightSpec, activation: ActivationSpec) -> bool:
     )
 
 
-def sliced_linear(codes: Tensor, scale: Tensor, packed: PackedTensor, dtype: torch.dtype) -> Tensor:
+def sliced_linear(
+    codes: Tensor, scale: Tensor, packed: PackedTensor, dtype: torch.dtype, taps: int | None = None
+) -> Tensor:
     """Activation codes times a packed weight.
 
     Args:
@@ -57,6 +60,8 @@ def sliced_linear(codes: Tensor, scale: Tensor, packed: PackedTensor, dtype: tor
         scale: float32 ``[tokens, groups]``.
         packed: ``[rows, columns]``.
         dtype: the type to multiply decoded values in, where integers cannot.
+        taps: of a convolution, where the codes of a patch lie tap by tap, those of all channels together, and those of
+            the weight channel by channel. For one group on both sides.
 
     Returns:
         float32 ``[tokens, rows]``.
@@ -69,16 +74,21 @@ def sliced_linear(codes: Tensor, scale: Tensor, packed: PackedTensor, dtype: tor
     table, multiplier, product = _arithmetic(codes, packed, dtype)
     codes = codes if codes.dtype == table.dtype else codes.to(table.dtype)
     values = look_up(table, unpack_codes(packed.weight, packed.spec.bits, packed.columns, packed.spec.packing))
+    if taps is not None:
+        values = values.unflatten(-1, (-1, taps)).transpose(-2, -1).flatten(1)
     weight_scale, zero = scales(packed) / multiplier, zero_points(packed)
-    result = torch.zeros(codes.shape[0], values.shape[0], device=codes.device)
+    result: Tensor | None = None
     for start in range(0, packed.columns, width):
         columns, group = slice(start, start + width), start * weight_scale.shape[-1] // packed.columns
         sums = product(codes[:, columns], values[:, columns]).float()
         if zero is not None:
             sums -= codes[:, columns].float().sum(-1, keepdim=True) * (zero[:, group] * multiplier)
         sums *= weight_scale[:, group]
-        result += sums if groups == 1 else sums * scale[:, start * groups // packed.columns].unsqueeze(-1)
-    return result * scale if groups == 1 else result
+        if groups > 1:
+            sums *= scale[:, start * groups // packed.columns].unsqueeze(-1)
+        result = sums if result is None else result.add_(sums)
+    assert result is not None
+    return result.mul_(scale) if groups == 1 else result
 
 
 def _have_little_in_common(widths: list[int]) -> bool:
@@ -93,8 +103,20 @@ def _arithmetic(
     integers = None if packed.spec.has_fitted_table else packed.spec.number_format.integer_multiplier
     if codes.dtype == torch.int8 and integers is not None:
         return (table * integers).round().to(torch.int8), integers, int8_product
+    if codes.dtype == torch.bfloat16 and bool((table.bfloat16().float() == table).all()) and _sums_in_float32(codes):
+        return table.bfloat16(), 1, _cuda_bfloat16_product
     exact = dtype != torch.float16 and bool((table.to(dtype).float() == table).all())
     return table.to(dtype if exact else torch.float32), 1, torch.nn.functional.linear
+
+
+def _sums_in_float32(codes: Tensor) -> bool:
+    """Whether torch multiplies bfloat16 there by units for it and returns their float32 sums."""
+    return codes.device.type == "cuda" and has_bfloat16_units(codes.device)
+
+
+def _cuda_bfloat16_product(a: Tensor, b: Tensor) -> Tensor:
+    """bfloat16 ``[m, k]`` times the transpose of ``[n, k]``, summed in float32: products of so few bits are exact."""
+    return torch.mm(a, b.t(), out_dtype=torch.float32)
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from hf_lowbit.formats.packed import from_bits
 from hf_lowbit.kernels import decode_matrix
 from hf_lowbit.nn.exact import ExactSpec
 from hf_lowbit.nn.factors import FACTOR_DTYPE, expand_low_rank, factor_shapes, read_factors, stored_factors
-from hf_lowbit.nn.inputs import INPUT_SCALE, QuantizedInputs
+from hf_lowbit.nn.inputs import INPUT_SCALE, INPUT_SHIFT, QuantizedInputs
 from hf_lowbit.nn.spec import LayerSpec
 from hf_lowbit.nn.transforms import TransformSpec
 
@@ -30,16 +30,17 @@ class PackedModule(QuantizedInputs):
     """Base of the packed modules.
 
     A packed parameter keeps its original name and becomes int32 codes; companions stand beside it as
-    ``<name>_scale``, ``<name>_zero_point``, ``<name>_table``, ``<name>_input_scale``, ``<name>_low_rank_<part>`` and,
-    in a layer with a transform or an exact part, ``<name>_transform_<part>`` and ``<name>_exact_<part>``. All are
-    integer parameters without gradient (floats as bit patterns), which no cast, ``.half()`` or ``.to(dtype)`` changes.
-    Until :meth:`set_packed` is called the parameter is the original float one ("unpacked"): that is the state in which
-    a checkpoint of floats is loaded.
+    ``<name>_scale``, ``<name>_zero_point``, ``<name>_table``, ``<name>_input_scale``, ``<name>_input_shift``,
+    ``<name>_low_rank_<part>`` and, in a layer with a transform or an exact part, ``<name>_transform_<part>`` and
+    ``<name>_exact_<part>``. All are integer parameters without gradient (floats as bit patterns), which no cast,
+    ``.half()`` or ``.to(dtype)`` changes. Until :meth:`set_packed` is called the parameter is the original float one
+    ("unpacked"): that is the state in which a checkpoint of floats is loaded.
 
     Attributes:
         kind: the name under which plans refer to the class.
         packed_parameters: the parameters that are packed.
-        takes_transform, takes_exact: whether the kind can have a transform, and an exact part.
+        takes_transform, takes_exact, takes_constant_token: whether the kind can have a transform, an exact part, and a
+            first token whose product is stored.
         layer_spec: formats of weights and activations.
         backend: one of :data:`hf_lowbit.kernels.BACKENDS` to force it; None takes the best for each product.
     """
@@ -48,6 +49,7 @@ class PackedModule(QuantizedInputs):
     packed_parameters: ClassVar[tuple[str, ...]] = ("weight",)
     takes_transform: ClassVar[bool] = False
     takes_exact: ClassVar[bool] = False
+    takes_constant_token: ClassVar[bool] = False
     layer_spec: LayerSpec
     backend: str | None = None
 
@@ -107,13 +109,6 @@ class PackedModule(QuantizedInputs):
             stored |= {f"{name}_exact_{part}": value for part, value in exact.companions(leading[0], columns).items()}
         return stored
 
-    def input_companions(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """The stored scale of static inputs, repeated for each expert and each stacked projection."""
-        if not self.has_static_inputs:
-            return {}
-        leading, _ = self.matrix_shape(name)
-        return {f"{name}{INPUT_SCALE}": ((*leading[:-1], self.branches(name)), torch.int32)}
-
     def allocate(self, name: str, packed: bool) -> None:
         """Create empty companions on the parameter's device; with ``packed`` also empty codes in its place."""
         device = getattr(self, name).device
@@ -146,6 +141,7 @@ class PackedModule(QuantizedInputs):
             if shapes[key] != (tuple(tensor.shape), tensor.dtype):
                 raise ValueError(f"{key} is {tuple(tensor.shape)} {tensor.dtype}, expected {shapes[key]}")
             setattr(self, key, frozen(tensor))
+        self._row_sums = None
 
     def low_rank_factors(self, name: str, dtype: torch.dtype, index: int | None = None) -> tuple[Tensor, Tensor] | None:
         """A ``[..., branches * rank, columns]`` and B ``[..., rows, rank]``, or None without a branch.
@@ -308,7 +304,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def _is_finite(key: str, tensor: Tensor, spec: LayerSpec) -> bool:
-    if "_transform_" in key or "_exact_" in key or key.endswith("_input_scale"):
+    if "_transform_" in key or "_exact_" in key or key.endswith((INPUT_SCALE, INPUT_SHIFT)):
         return True  # judged where they are understood
     if "_low_rank_" in key:
         return tensor.dtype == torch.int32 or bool(torch.isfinite(from_bits(tensor, FACTOR_DTYPE)).all())
@@ -316,6 +312,6 @@ def _is_finite(key: str, tensor: Tensor, spec: LayerSpec) -> bool:
         return True
     if key.endswith(("_scale", "_zero_point")) and spec.weight.scale_bits is not None:
         return True  # codes: their ranges are what can be wrong
-    if key.endswith("_table"):
+    if key.endswith(("_table", "_constant_input", "_constant_output")):
         return bool(torch.isfinite(tensor.view(torch.float32)).all())
     return bool(torch.isfinite(from_bits(tensor, spec.weight.scale_dtype)).all())

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from hf_lowbit.kernels import NATIVE_TOKENS, decode_matrix
 from hf_lowbit.kernels.autograd import DecodedConvolution, convolve_decoded
 from hf_lowbit.nn.base import PackedModule, expect
+from hf_lowbit.nn.quantized_image import convolve_codes, reads_image
 from hf_lowbit.nn.spec import LayerSpec
 
 # Output channels are decoded in parts of this size: larger buffers are mapped anew at every call, which takes longer
@@ -23,7 +24,8 @@ class _PackedConv(PackedModule):
     """A convolution as a matrix ``[out_channels, in_channels / groups * kernel]``.
 
     With full-precision activations and many output positions the kernel is decoded and torch convolves; with few, or
-    quantized activations, the input is unfolded and every patch is a token of its own.
+    quantized activations, the input is unfolded and every patch is a token of its own. Inputs with stored scales are
+    quantized before (:mod:`hf_lowbit.nn.quantized_image`).
     """
 
     float_class: Any  # nn.Conv1d or nn.Conv2d: their constructors differ from their common base's
@@ -115,6 +117,8 @@ class _PackedConv(PackedModule):
         return tuple((extent - d * (k - 1) - 1) // s + 1 for extent, k, s, d in geometry)
 
     def _convolve_patches(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        if reads_image(self, x):
+            return convolve_codes(self, x, size)
         flat = len(self.kernel_size) == 1
         kernel, stride, dilation = (((1, *v) if flat else v) for v in (self.kernel_size, self.stride, self.dilation))
         image = x.unsqueeze(-2) if flat else x

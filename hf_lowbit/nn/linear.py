@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lowbit.nn.base import PackedModule, expect
+from hf_lowbit.nn.base import PackedModule, expect, frozen
+from hf_lowbit.nn.constant_token import CONSTANT_INPUT, CONSTANT_OUTPUT, constant_companions, outputs_of_tokens
 from hf_lowbit.nn.siblings import Siblings
 from hf_lowbit.nn.spec import LayerSpec
 
@@ -18,7 +21,8 @@ class PackedLinear(PackedModule, nn.Linear):
     find it.
 
     A transform encloses everything else: it comes before the input is quantized and before a low-rank branch, and after
-    their sum; only the bias is outside. An exact part and the branch read the input as the transform leaves it.
+    their sum; only the bias is outside. An exact part and the branch read the input as the transform leaves it. A
+    constant first token goes past all of them.
 
     Attributes:
         siblings: the layers it computes together with, if any (see :mod:`hf_lowbit.nn.siblings`).
@@ -27,6 +31,7 @@ class PackedLinear(PackedModule, nn.Linear):
     kind = "linear"
     takes_transform = True
     takes_exact = True
+    takes_constant_token = True
     siblings: Siblings | None = None
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec) -> None:
@@ -51,6 +56,38 @@ class PackedLinear(PackedModule, nn.Linear):
     def matrix_shape(self, name: str) -> tuple[tuple[int, ...], int]:
         """((out_features,), in_features)."""
         return (self.out_features,), self.in_features
+
+    def companion_shapes(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """As of every packed module, and what is stored for a constant token."""
+        return {**super().companion_shapes(name), **constant_companions(self, name)}
+
+    def constant_token(self, name: str = "weight") -> tuple[Tensor, Tensor]:
+        """The token and its product without the bias, ``[in]`` and ``[out]``: float32 as stored, int32."""
+        return getattr(self, f"{name}{CONSTANT_INPUT}"), getattr(self, f"{name}{CONSTANT_OUTPUT}")
+
+    @torch.no_grad()
+    def set_constant_token(self, token: Tensor, product: Tensor, name: str = "weight") -> None:
+        """Take token 0 of a sequence for a constant from now on.
+
+        Args:
+            token: ``[in]``, as the layer reads it.
+            product: ``[out]``, what the float weight makes of it, without the bias.
+
+        Raises:
+            ValueError: other shapes, or values that are not finite.
+        """
+        given = {CONSTANT_INPUT: token, CONSTANT_OUTPUT: product}
+        shapes = [tuple(tensor.shape) for tensor in given.values()]
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in given.values())
+        if shapes != [(self.in_features,), (self.out_features,)] or not finite:
+            raise ValueError(
+                f"a constant token is [{self.in_features}] and its product [{self.out_features}], both finite, not "
+                f"{shapes[0]} and {shapes[1]}{'' if finite else ' with NaN or infinite values'}"
+            )
+        self.layer_spec = replace(self.layer_spec, constant_token=True)
+        device = getattr(self, name).device
+        for suffix, tensor in given.items():
+            setattr(self, f"{name}{suffix}", frozen(tensor.to(device, torch.float32).clone().view(torch.int32)))
 
     def arranged(self, matrix: Tensor) -> Tensor:
         """``[out, in]`` as the float layer lays its weight out, and back: its own inverse."""
@@ -85,8 +122,8 @@ class PackedLinear(PackedModule, nn.Linear):
         y = self.coded_product(exact.coded_inputs(x, tensors))
         return y + exact.product(x, tensors, self.out_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
+    def unbiased(self, x: Tensor) -> Tensor:
+        """The layer's output without its bias, of tokens that are none of them constant."""
         if self.layer_spec.transform is not None:
             x = self.transformed(x)
         y = None if self.siblings is None else self.siblings.take(self, x)
@@ -97,6 +134,11 @@ class PackedLinear(PackedModule, nn.Linear):
             y = y + F.linear(F.linear(x, factors[0]), factors[1])
         if self.layer_spec.transform is not None:
             y = self.layer_spec.transform.outputs(y, self.transform_tensors())
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        y = outputs_of_tokens(self, x) if self.layer_spec.constant_token and x.dim() > 1 else self.unbiased(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

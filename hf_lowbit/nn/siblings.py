@@ -3,8 +3,7 @@
 The modules and their parameters stay what they are. The first sibling that is called on an input computes all of them
 in one call of the kernel and keeps the others' results for the moment. Nothing is wrong when that does not hold: a
 sibling called with another input, or changed input, computes its own result, and siblings that turn out not to share
-their input (cross-attention) stop trying. Layers with a transform or an exact
-part compute alone.
+their input (cross-attention) stop trying. Layers with a transform, an exact part or a constant token compute alone.
 """
 
 from __future__ import annotations
@@ -64,7 +63,9 @@ class Siblings:
             return False
         first: Any = members[0]
         weights = [member.packed() for member in members if member is not None]  # type: ignore[operator]
-        results = packed_linears(x, weights, first.layer_spec.activation, first.backend, first.input_scale())
+        scales = first.input_scales("weight", x.shape[:-1])
+        sums = [member.row_sums() for member in members if member is not None]  # type: ignore[operator]
+        results = packed_linears(x, weights, first.layer_spec.activation, first.backend, scales[0], scales[1], sums)
         self._input, self._version = x, x._version
         self._results = {id(member): result for member, result in zip(members, results, strict=True)}
         return True
@@ -105,7 +106,8 @@ def _is_linear(module: Any) -> bool:
 
 def _reads_alike(module: Any, first: Any) -> bool:
     same = module.in_features == first.in_features and module.layer_spec.activation == first.layer_spec.activation
-    plain = module.layer_spec.transform is None and module.layer_spec.exact is None
+    spec = module.layer_spec
+    plain = spec.transform is None and spec.exact is None and not spec.constant_token
     return bool(same and plain and module.is_packed() and _has_scale_of(module, first))
 
 
@@ -113,8 +115,15 @@ def _has_scale_of(module: Any, first: Any) -> bool:
     """Whether their codes are the same: layers of one input share the value of a stored scale."""
     if module is first or not first.has_static_inputs:
         return True
-    one, other = module.input_scale(), first.input_scale()
-    return one is not None and other is not None and one.device.type != "meta" and torch.equal(one, other)
+    if module.input_scale() is None or module.input_scale().device.type == "meta":
+        return False
+    return all(_is_same(*pair) for pair in zip(module.input_table(), first.input_table(), strict=True))
+
+
+def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
 
 
 def _is_suitable(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from hf_lowbit.nn.exact import ExactSpec
 from hf_lowbit.nn.factors import check_factor_bits
 from hf_lowbit.nn.transforms import TransformSpec
 
-_FIELDS = ("weight", "activation", "low_rank", "factor_bits", "transform", "exact")
+_FIELDS = ("weight", "activation", "low_rank", "factor_bits", "transform", "exact", "constant_token")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class LayerSpec:
         factor_bits: of the branch's factors: 16 (bfloat16), 8 or 4 (codes, a 16-bit scale per group of a rank's row).
         transform: of its input and output, around everything else (see :mod:`hf_lowbit.nn.transforms`), or None.
         exact: weights that stay floats beside the codes (see :mod:`hf_lowbit.nn.exact`), or None.
+        constant_token: the product of a sequence's first token is stored (see :mod:`hf_lowbit.nn.constant_token`).
     """
 
     weight: WeightSpec
@@ -32,11 +33,14 @@ class LayerSpec:
     transform: TransformSpec | None = None
     exact: ExactSpec | None = None
     factor_bits: int = 16
+    constant_token: bool = False
 
     def __post_init__(self) -> None:
         if type(self.low_rank) is not int or self.low_rank < 0:
             raise SpecError(f"low_rank must be an integer >= 0, not {self.low_rank!r}")
         check_factor_bits(self.factor_bits)
+        if type(self.constant_token) is not bool:
+            raise SpecError(f"constant_token must be True or False, not {self.constant_token!r}")
         if not self.low_rank and self.factor_bits != 16:  # equal layers have equal specifications
             object.__setattr__(self, "factor_bits", 16)
 
@@ -53,6 +57,8 @@ class LayerSpec:
             values["transform"] = self.transform.to_dict()
         if self.exact is not None:
             values["exact"] = self.exact.to_dict()
+        if self.constant_token:
+            values["constant_token"] = True
         return values
 
     @classmethod
@@ -68,4 +74,5 @@ class LayerSpec:
             None if transform is None else TransformSpec.from_dict(transform),
             None if exact is None else ExactSpec.from_dict(exact),
             values.get("factor_bits", 16),
+            values.get("constant_token", False),
         )

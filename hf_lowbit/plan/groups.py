@@ -47,7 +47,7 @@ def fit_inputs(
         return spec
     if activation.static and is_table:
         changes.setdefault(NOT_CALIBRATED, []).append(name)
-        return replace(spec, activation=replace(activation, static=False))
+        return replace(spec, activation=activation.dynamic())
     group = activation.group_size
     if group is None or (chosen := fitting_group(widths, group)) == group:
         return spec

@@ -29,6 +29,8 @@ class PlannedLayer:
             raise PlanError(f"layers of kind {self.kind!r} cannot have a transform ({self.spec.transform.kind})")
         if self.spec.exact is not None and not KINDS[self.kind].takes_exact:
             raise PlanError(f"layers of kind {self.kind!r} cannot have an exact part ({self.spec.exact.kind})")
+        if self.spec.constant_token and not KINDS[self.kind].takes_constant_token:
+            raise PlanError(f"layers of kind {self.kind!r} cannot have a constant token")
 
 
 @dataclass

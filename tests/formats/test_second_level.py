@@ -233,7 +233,7 @@ def test_products_are_those_of_the_decoded_weight(values: dict[str, Any], backen
 @every_spec
 def test_quantized_inputs(values: dict[str, Any]) -> None:
     packed, x, int8 = round_to_nearest(gaussian(39, 64), spec_of(values)), gaussian(5, 64, seed=2), ActivationSpec()
-    codes, scale = quantize_tokens(x, int8)
+    codes, scale, _ = quantize_tokens(x, int8)
     expected = codes.float() * scale @ decode(packed).t()
     for y in (packed_linear(x, packed, int8), sliced_linear(codes, scale, packed, torch.float32)):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)

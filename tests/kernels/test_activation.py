@@ -49,12 +49,12 @@ def exact(x: Tensor, packed: PackedTensor, spec: ActivationSpec, input_scale: Te
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_each_group_has_a_grid_of_its_own(bits: int) -> None:
     spec = ActivationSpec("int", bits, group_size=64)
-    codes, scale = quantize_tokens(inputs(), spec)
+    codes, scale, _ = quantize_tokens(inputs(), spec)
     assert codes.dtype == torch.int8 and codes.shape == (6, COLUMNS) and scale.shape == (6, 3)
     assert (codes.unflatten(-1, (3, 64)).abs().amax(-1) == spec.limit).all()
     for group in range(3):  # as if each were a tensor alone
         own = slice(64 * group, 64 * (group + 1))
-        alone, its_scale = quantize_tokens(inputs()[:, own], ActivationSpec("int", bits))
+        alone, its_scale, _ = quantize_tokens(inputs()[:, own], ActivationSpec("int", bits))
         assert torch.equal(codes[:, own], alone) and torch.equal(scale[:, [group]], its_scale)
     error = (restore_tokens(codes, scale) - inputs()).norm()
     assert error < (restore_tokens(*quantize_tokens(inputs(), ActivationSpec("int", bits))) - inputs()).norm()
@@ -63,7 +63,7 @@ def test_each_group_has_a_grid_of_its_own(bits: int) -> None:
 def test_inputs_that_are_never_negative_have_all_codes() -> None:
     """What SVDQuant's unsigned codes are for: an asymmetric group of such inputs has its zero point at zero."""
     spec = ActivationSpec("int", 4, False, 64)
-    codes, scale = quantize_tokens(inputs().abs(), spec)
+    codes, scale, _ = quantize_tokens(inputs().abs(), spec)
     assert codes.min() == 0 and (codes.unflatten(-1, (3, 64)).amax(-1) == 15).all()
     torch.testing.assert_close(scale, inputs().abs().unflatten(-1, (3, 64)).amax(-1) / 15)
 
@@ -77,15 +77,15 @@ def test_static_codes_are_clipped_to_the_stored_range() -> None:
     """Beyond 127 steps lies the last code, not an overflow; inside, half a step is all that is lost."""
     scale = torch.tensor([0.01])
     x = torch.tensor([[0.0, 0.004, 0.006, -1.27, 1.3, -500.0]])
-    codes, used = quantize_tokens(x, STATIC, scale)
+    codes, used, _ = quantize_tokens(x, STATIC, scale)
     assert codes.tolist() == [[0, 0, 1, -127, 127, -127]]
     assert torch.equal(used, scale.reshape(1, 1))
-    eighth, _ = quantize_tokens(x * 1000, FLOAT8, scale)
+    eighth, *_ = quantize_tokens(x * 1000, FLOAT8, scale)
     assert eighth.float()[0, 4:].tolist() == [448.0, -448.0]
 
 
 def test_a_scale_that_is_not_known_yet_is_that_of_the_whole_input() -> None:
-    codes, scale = quantize_tokens(inputs(), STATIC)
+    codes, scale, _ = quantize_tokens(inputs(), STATIC)
     assert torch.equal(scale, (inputs().abs().max() / 127).expand(6, 1))
     assert codes.abs().max() == 127
     assert quantize_tokens(inputs()[:0], STATIC)[1].shape == (0, 1)

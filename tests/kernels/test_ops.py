@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_lowbit.formats import ActivationSpec, WeightSpec
-from hf_lowbit.kernels import ops
+from hf_lowbit.kernels import ops, row_sums
 from hf_lowbit.nn import LayerSpec, PackedConv2d, PackedEmbedding, PackedLinear
 from hf_lowbit.rounding import round_to_nearest
 
@@ -69,9 +69,17 @@ def test_a_convolution_is_traced_whole() -> None:
     torch.testing.assert_close(torch.compile(conv, fullgraph=True, backend="aot_eager")(x), conv(x))
 
 
-@pytest.mark.parametrize("activation", [None, ActivationSpec("int", 8, static=True)], ids=str)
+@pytest.mark.parametrize(
+    "activation",
+    [None, ActivationSpec("int", 8, static=True), ActivationSpec("int", 8, symmetric=False, static=True)],
+    ids=str,
+)
 def test_the_operator_keeps_torchs_contract(activation: ActivationSpec | None) -> None:
     packed = round_to_nearest(torch.randn(16, 64), WeightSpec(bits=4, group_size=32))
-    told = (None, None) if activation is None else (activation.json, torch.tensor([0.02]))
+    told: tuple[object, ...] = (None, None, None, None)
+    if activation is not None:
+        shift = None if activation.symmetric else torch.tensor([0.5])
+        sums = None if activation.symmetric else row_sums(packed, 1)
+        told = (activation.json, torch.tensor([0.02]), shift, sums)
     arguments = (torch.randn(3, 64, requires_grad=True), *ops._arguments(packed), *told, None)
     torch.library.opcheck(torch.ops.hf_lowbit.linear.default, arguments)

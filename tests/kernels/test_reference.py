@@ -95,7 +95,7 @@ def test_one_token_without_leading_dimensions() -> None:
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_tokens_are_rounded_to_their_own_symmetric_grid(bits: int) -> None:
     x = gaussian(7, 48) * torch.logspace(-3, 3, 7).unsqueeze(1)
-    codes, scale = quantize_tokens(x, ActivationSpec("int", bits))
+    codes, scale, _ = quantize_tokens(x, ActivationSpec("int", bits))
     limit = 2 ** (bits - 1) - 1
     assert codes.dtype == torch.int8 and scale.shape == (7, 1)
     assert (codes.abs().amax(1) == limit).all()
@@ -107,7 +107,7 @@ def test_tokens_are_rounded_to_their_own_symmetric_grid(bits: int) -> None:
 def test_tokens_are_rounded_to_their_own_range_with_zero(bits: int, shift: float) -> None:
     """Values far on one side of zero: half of a symmetric grid would lie idle."""
     x = (gaussian(7, 48) + shift) * torch.logspace(-3, 3, 7).unsqueeze(1)
-    codes, scale = quantize_tokens(x, ActivationSpec("int", bits, symmetric=False))
+    codes, scale, _ = quantize_tokens(x, ActivationSpec("int", bits, symmetric=False))
     low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
     assert codes.dtype == torch.int8
     torch.testing.assert_close(scale[:, 0], (high - low) / (2**bits - 1))
@@ -115,7 +115,7 @@ def test_tokens_are_rounded_to_their_own_range_with_zero(bits: int, shift: float
     assert ((x - codes * scale).abs() <= scale * 1.0001).all()  # the zero point is rounded: one end may saturate
     inside = (codes > codes.amin(1, keepdim=True)) & (codes < codes.amax(1, keepdim=True))
     assert ((x - codes * scale).abs() <= scale * 0.5001)[inside].all()
-    symmetric, wide = quantize_tokens(x, ActivationSpec("int", bits))
+    symmetric, wide, _ = quantize_tokens(x, ActivationSpec("int", bits))
     if shift:
         assert (x - codes * scale).norm() < 0.75 * (x - symmetric * wide).norm()
 
@@ -123,7 +123,7 @@ def test_tokens_are_rounded_to_their_own_range_with_zero(bits: int, shift: float
 def test_asymmetric_codes_are_those_of_the_textbook() -> None:
     """QUIK, test 5: s_x s_w (q - z) w is the product of the dequantized token, z s_x s_w sum(w) with it."""
     x, packed = gaussian(5, 48, seed=3) + 0.7, packed_weight(bits=4)
-    codes, scale = quantize_tokens(x, ActivationSpec("int", 4, symmetric=False))
+    codes, scale, _ = quantize_tokens(x, ActivationSpec("int", 4, symmetric=False))
     low = x.amin(1, keepdim=True).clamp(max=0)
     zero = (-low / scale).round()
     q = ((x / scale).round() + zero).clamp(0, 15)
@@ -137,7 +137,7 @@ def test_asymmetric_codes_are_those_of_the_textbook() -> None:
 
 def test_float8_tokens_use_the_whole_range() -> None:
     x = gaussian(7, 48) * torch.logspace(-3, 3, 7).unsqueeze(1)
-    codes, scale = quantize_tokens(x, ActivationSpec("float8_e4m3fn", 8))
+    codes, scale, _ = quantize_tokens(x, ActivationSpec("float8_e4m3fn", 8))
     assert codes.dtype == torch.float8_e4m3fn
     assert (codes.float().abs().amax(1) == 448).all()
     assert ((x - codes.float() * scale).abs() <= x.abs() / 16 + scale * 2.0**-10).all()
@@ -146,7 +146,7 @@ def test_float8_tokens_use_the_whole_range() -> None:
 def test_zero_and_subnormal_tokens_are_zero() -> None:
     x = torch.tensor([[0.0, 0.0], [1e-45, -1e-45]])
     for activation in (ActivationSpec(), ActivationSpec("float8_e4m3fn", 8), ActivationSpec("int", 4, False)):
-        codes, scale = quantize_tokens(x, activation)
+        codes, scale, _ = quantize_tokens(x, activation)
         assert torch.isfinite(scale).all() and (codes.float() * scale == 0).all()
 
 

@@ -65,7 +65,7 @@ def product(
     weight: dict[str, Any], activation: ActivationSpec, group_size: Any, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     packed = round_to_nearest(gaussian(24, 96), WeightSpec(**weight, group_size=group_size))
-    codes, scale = quantize_tokens(gaussian(5, 96, seed=1), activation)
+    codes, scale, _ = quantize_tokens(gaussian(5, 96, seed=1), activation)
     return sliced_linear(codes, scale, packed, dtype), from_codes(codes, scale, packed)
 
 
@@ -116,7 +116,7 @@ def test_integer_products_are_exact_when_scales_are_powers_of_two(pair: str) -> 
     weight, activation = PAIRS[pair]
     packed = round_to_nearest(gaussian(24, 96), WeightSpec(**weight))
     packed.scale = torch.full((24, 1), 0.25).bfloat16().view(torch.int16)
-    codes, _ = quantize_tokens(gaussian(5, 96, seed=1), activation)
+    codes, *_ = quantize_tokens(gaussian(5, 96, seed=1), activation)
     half = torch.full((5, 1), 0.5)
     assert torch.equal(sliced_linear(codes, half, packed, torch.bfloat16).double(), from_codes(codes, half, packed))
 
@@ -149,7 +149,7 @@ def test_decoded_values_survive_narrow_types(pair: str, dtype: torch.dtype) -> N
 
 def test_a_whole_row_longer_than_a_slice() -> None:
     packed = round_to_nearest(gaussian(8, 3000), WeightSpec("int", 8))
-    codes, scale = quantize_tokens(gaussian(3, 3000, seed=1), INT8)
+    codes, scale, _ = quantize_tokens(gaussian(3, 3000, seed=1), INT8)
     exact = from_codes(codes, scale, packed)
     result = sliced_linear(codes, scale, packed, torch.float32)
     assert torch.allclose(result.double(), exact, rtol=1e-6, atol=1e-6 * exact.abs().max().item())

@@ -109,7 +109,7 @@ def test_inputs_are_quantized_after_the_rotation() -> None:
     """An outlier channel no longer takes the range of its token."""
     linear, activation = float_layer(), ActivationSpec(bits=4)
     packed = incoherent(linear, replace(SPEC, activation=activation))
-    codes, scale = quantize_tokens(packed.transformed(inputs()), activation)
+    codes, scale, _ = quantize_tokens(packed.transformed(inputs()), activation)
     weight = decode(round_to_nearest(packed.to_matrix("weight", linear.weight), SPEC.weight))
     expected = KIND.outputs(F.linear(codes.float() * scale, weight), packed.transform_tensors()) + linear.bias
     torch.testing.assert_close(packed(inputs()), expected, rtol=1e-4, atol=1e-4)

@@ -95,7 +95,7 @@ def test_a_low_rank_branch_repairs_the_rewritten_weight() -> None:
 def test_the_transform_comes_before_the_input_is_quantized() -> None:
     linear, activation = nn.Linear(CHANNELS, ROWS), ActivationSpec(bits=4)
     packed = reassembled(linear, replace(SPEC, activation=activation))
-    codes, scale = quantize_tokens(packed.transformed(inputs()), activation)
+    codes, scale, _ = quantize_tokens(packed.transformed(inputs()), activation)
     rewritten = round_to_nearest(packed.to_matrix("weight", linear.weight), SPEC.weight)
     expected = F.linear(codes.float() * scale, decode(rewritten), linear.bias)
     torch.testing.assert_close(packed(inputs()), expected, rtol=1e-4, atol=1e-4)

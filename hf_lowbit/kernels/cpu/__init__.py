@@ -1,6 +1,12 @@
 """The native CPU kernels: C++ behind a C interface, working on packed tensors as they lie on disk."""
 
-from hf_lowbit.kernels.cpu.library import available, instruction_sets, unavailable_because, use_instruction_set
+from hf_lowbit.kernels.cpu.library import (
+    available,
+    instruction_set,
+    instruction_sets,
+    unavailable_because,
+    use_instruction_set,
+)
 from hf_lowbit.kernels.cpu.matrix import Matrix, describe
 from hf_lowbit.kernels.cpu.products import (
     FLOAT_TYPES,
@@ -19,6 +25,7 @@ __all__ = [
     "decode_rows",
     "describe",
     "has_matrix_unit",
+    "instruction_set",
     "instruction_sets",
     "linear",
     "linear_int8",

@@ -81,13 +81,21 @@ def use_instruction_set(name: str | None) -> None:
     Raises:
         ValueError: this processor or this build lacks it.
     """
+    global _forced
     library = load()
     if library is None or library.hfl_use(None if name is None else name.encode()):
         known = ", ".join(instruction_sets()) or f"none ({unavailable_because()})"
         raise ValueError(f"instruction set {name!r} does not run here; what does: {known}")
+    _forced = name
+
+
+def instruction_set() -> str | None:
+    """The one in use; None without the library."""
+    return _forced or next(iter(instruction_sets()), None)
 
 
 _reason: str | None = None
+_forced: str | None = None
 
 
 def _do_without(reason: str) -> None:
