@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,19 @@ from hf_lowbit.calibration.block import PackedParameter
 from hf_lowbit.calibration.checkpoint import Checkpoint, fingerprint_of, unshared
 from hf_lowbit.calibration.data import CalibrationData, prepare_data
 from hf_lowbit.calibration.low_rank import Compensation
-from hf_lowbit.calibration.parallel import processes, rank, share, wait_for_all
+from hf_lowbit.calibration.parallel import processes, rank, wait_for_all
 from hf_lowbit.calibration.peak import predict_peak
 from hf_lowbit.calibration.predictions import Predictions
 from hf_lowbit.calibration.snapshot import remember
 from hf_lowbit.calibration.store import TensorStore, default_limit
 from hf_lowbit.calibration.tuning import tune
-from hf_lowbit.calibration.units import without_cache
+from hf_lowbit.calibration.units import ready
 from hf_lowbit.calibration.walk import Walk
 from hf_lowbit.config import LowbitConfig
 from hf_lowbit.formats import PackedTensor
 from hf_lowbit.integrations.finish import finish_quantization, library_versions
 from hf_lowbit.integrations.loading import forget_ties, model_facts, processing_of
-from hf_lowbit.method import Recipe
+from hf_lowbit.method import Recipe, Refine
 from hf_lowbit.nn import PackedModule
 from hf_lowbit.plan import Plan, build_plan, packed_modules, replace_modules
 from hf_lowbit.state import shared_weights
@@ -48,11 +49,26 @@ class Run:
         folder: where finished blocks are kept for a run that is killed; None for one in the cache, named by the run's
             fingerprint.
         resume: take the blocks of an earlier run of the same model, config and data.
+        complete: what holds the blocks of calibrated models, to be finished once their result is safe.
     """
 
     undo: bool = True
     folder: Path | None = None
     resume: bool = True
+    complete: list[Checkpoint] = field(default_factory=list)
+
+    def finish(self) -> None:
+        """Delete them: the whole result is there."""
+        if rank() == 0:
+            for checkpoint in self.complete:
+                checkpoint.finish()
+        self.complete.clear()
+
+    def leave(self) -> None:
+        """Keep them for another run."""
+        for checkpoint in self.complete:
+            checkpoint.leave()
+        self.complete.clear()
 
 
 @torch.no_grad()
@@ -95,13 +111,18 @@ def _calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run,
         predictions = _predictions(model, config, data, store)
         if (notes := _prepare_model(model, config, recipe, data)) is not None:
             plan = _replan(model, config, notes, undo)
+        original = None if recipe.refine is None else copy.deepcopy(model)
         walk = Walk(
             model, plan.layers, recipe.calibrate, data.batches, pack,
             targets=recipe.targets, checkpoint=checkpoint, seed=config.seed, limit=limit,
             folder=checkpoint.folder.parent, compensation=_compensation(config, plan),
             rounding=recipe.rounding if recipe.rounds_each else None, percentile=config.activation_percentile,
+            fit_inputs=recipe.fit_inputs, original=original,
         )  # fmt: skip
         walked = walk.run()
+        if recipe.refine is not None and original is not None:
+            plan.warnings += _refine(model, original, recipe.refine, data)
+            del original
         if predictions is not None:
             plan.warnings.append(_tune(model, config, predictions))
         config.provenance = {**config.provenance, **_provenance(data, config)}
@@ -114,8 +135,7 @@ def _calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run,
         finish_quantization(model, config, plan, outcome, time.monotonic() - started)
         undo.pop_all()
     wait_for_all()
-    if rank() == 0:
-        checkpoint.finish()
+    run.complete.append(checkpoint)
 
 
 def _compensation(config: LowbitConfig, plan: Plan) -> Compensation:
@@ -153,7 +173,7 @@ def _predictions(
     """Of the float model, where it is tuned on them in the end."""
     if config.tuning is None:
         return None
-    return Predictions(model, share([without_cache(model, batch) for batch in data.batches]), store)
+    return Predictions(model, ready(model, data.batches), store)
 
 
 def _tune(model: nn.Module, config: LowbitConfig, predictions: Predictions) -> str:
@@ -165,6 +185,14 @@ def _tune(model: nn.Module, config: LowbitConfig, predictions: Predictions) -> s
     if not tuned.kept:
         return f"tuning scales and norms did not help and was undone: {change}"
     return f"scales of {share}, and norms, are tuned end to end: {change}; errors of single layers are those before"
+
+
+def _refine(model: nn.Module, original: nn.Module, refine: Refine, data: CalibrationData) -> list[str]:
+    """The method's last step, on batches as the model takes them; lines for the report."""
+    notes = refine(original, model, ready(model, data.batches))
+    for note in notes:
+        logger.info("%s", note)
+    return notes
 
 
 def _prepare(model: nn.Module, config: LowbitConfig) -> CalibrationData:
@@ -210,7 +238,7 @@ def _provenance(data: CalibrationData, config: LowbitConfig) -> dict[str, Any]:
         "data": data.description,
         "data_sha256": data.fingerprint,
         "num_samples": config.num_samples,
-        "sequence_length": config.sequence_length,
+        **(data.facts or {"sequence_length": config.sequence_length}),
     }
 
 
@@ -228,4 +256,6 @@ def _snapshot(model: nn.Module, plan: Plan) -> Callable[[], None]:
 
 def calibrate_loaded(model: nn.Module, config: LowbitConfig, recipe: Recipe) -> None:
     """For from_pretrained: the float model is nobody's yet, so that nothing needs to be undone."""
-    calibrate(model, config, recipe, Run(undo=False))
+    run = Run(undo=False)
+    calibrate(model, config, recipe, run)
+    run.finish()

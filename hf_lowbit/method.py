@@ -17,8 +17,10 @@ from hf_lowbit.formats import PackedTensor, WeightSpec
 
 if TYPE_CHECKING:
     from hf_lowbit.calibration.block import Block
+    from hf_lowbit.calibration.fitting import FitInputs
 
 ENTRY_POINT_GROUP = "hf_lowbit.methods"
+Refine = Callable[[nn.Module, nn.Module, Sequence[dict[str, Any]]], list[str]]
 DOMAINS = ("language", "speech", "diffusion", "state-space", "vision")
 
 
@@ -41,6 +43,11 @@ class Recipe:
             for the report. Parameters get new values as new ``data``, so that a failure can be undone; it may untie.
         rounds_each: ``calibrate`` is a data-free method's ``rounding`` of every matrix: the platform sets it where
             something else, a low-rank part, needs the data.
+        fit_inputs: finds the stored scales of a layer's inputs: their histogram, their specification -> the
+            specification completed, scale and shift. None: the range that ``config.activation_percentile`` asks for.
+        refine: trains what is quantized as a whole, after the last block: a float copy of the model as it was before
+            the walk, the quantized model, batches of their arguments -> lines for the report. The float copy costs the
+            model's memory once more, only where this is set.
     """
 
     rounding: Callable[[Tensor, WeightSpec], PackedTensor] = _round_to_nearest
@@ -48,6 +55,8 @@ class Recipe:
     targets: bool = False
     prepare: Callable[[nn.Module, Sequence[dict[str, Any]]], list[str]] | None = None
     rounds_each: bool = False
+    fit_inputs: FitInputs | None = None
+    refine: Refine | None = None
 
 
 @dataclass(frozen=True)

@@ -106,5 +106,6 @@ def _is_finished(folder: Path, config: LowbitConfig, source: str | None) -> bool
     return bool(found) and all(
         stored is not None and stored.same_request(config) and source is not None
         and stored.provenance.get("source") == source
+        and stored.provenance.get("request") == config.provenance.get("request")
         for stored in found
     )  # fmt: skip

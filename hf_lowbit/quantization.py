@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,24 @@ from hf_lowbit.config import ConfigError, LowbitConfig
 from hf_lowbit.engine import Run, calibrate
 from hf_lowbit.integrations.calibrating import check_has_data
 from hf_lowbit.integrations.finish import finish_quantization
-from hf_lowbit.integrations.loading import adopt, dequantize_model, load_quantized, model_facts, pipeline_components
+from hf_lowbit.integrations.loading import (
+    adopt,
+    dequantize_model,
+    is_pipeline,
+    load_quantized,
+    model_facts,
+    pipeline_components,
+    stored_components,
+)
+from hf_lowbit.integrations.prompts import Prompts
+from hf_lowbit.integrations.trajectories import record_trajectories
 from hf_lowbit.method import Recipe, method_of, methods
 from hf_lowbit.nn import PackedModule
 from hf_lowbit.output import prepare_output, resume_folder, save_complete
 from hf_lowbit.plan import build_plan, install, packed_modules, replace_modules
 from hf_lowbit.state import shared_weights, state_of
 from hf_lowbit.tensorwise import Outcome, QuantizationError, quantize_parameter
+from hf_lowbit.testbed.cache import cache_home
 
 logger = logging.getLogger("hf_lowbit")
 
@@ -32,6 +45,11 @@ def quantize(
     output: str | Path | None = None,
     resume: bool = True,
     components: list[str] | None = None,
+    *,
+    prompts: Sequence[Any] | None = None,
+    steps: int | None = None,
+    timesteps: int | None = None,
+    **arguments: Any,
 ) -> Any:
     """Quantize a model.
 
@@ -39,41 +57,60 @@ def quantize(
         target: an nn.Module, a transformers or diffusers model, a diffusers pipeline (all changed in place), or a
             folder or repository id, which is loaded tensor by tensor.
         config: a method's config, or a method's name for its defaults.
-        data: calibration data, for methods that need it; the same as ``config.dataset``.
+        data: calibration data, for methods that need it; the same as ``config.dataset``. Of a pipeline, batches of the
+            arguments of one component.
         output: folder to save the result in, with tokenizer or processor where the target has one. It must be new,
             empty, or hold an earlier result of hf_lowbit.
         resume: with ``output``, take a finished result of the same target and config as it is; of a calibrated run
             that was killed, take the finished blocks. False starts over.
         components: parts of a pipeline to quantize; by default its denoiser.
+        prompts: of a pipeline, instead of ``data``: texts, class labels, or dictionaries of arguments of its call.
+            ``config.num_samples`` pictures are drawn with them in turn, and what the denoiser is called with is the
+            data; conditional and unconditional calls are samples alike.
+        steps: of denoising; by default the pipeline's.
+        timesteps: how many of the steps are recorded, evenly spaced; by default all, at most 25.
+        arguments: others of the pipeline's call, such as guidance_scale, height and width.
 
     Returns:
         The quantized object.
 
     Raises:
-        ConfigError: an unknown method.
+        ConfigError: an unknown method, or prompts, steps and arguments that the target cannot be asked with.
+        DataError: calibration data that cannot be used.
         PlanError: nothing to quantize, or a group that does not fit.
         QuantizationError: a layer that could not be quantized; a live model is then as it was.
         FileExistsError, PermissionError: an output folder that is in the way or cannot be written.
     """
-    config = _resolve_config(config, data)
+    asked = _asked(prompts, steps, timesteps, arguments)
     source = str(target) if isinstance(target, str | Path) else None
+    config = _resolve_config(config, data, asked)
+    recipe = method_of(config).make_recipe(config)
+    asked = _check_asked(asked, target, config, recipe, components)
+    if asked is not None:
+        config.provenance = {**config.provenance, "request": asked.request()}
     if output is not None and prepare_output(Path(output), config, source, resume):
         logger.info("%s already holds this result; loading it", output)
         return load_quantized(output)
-    recipe = method_of(config).make_recipe(config)
     run = Run(undo=source is None, folder=resume_folder(output), resume=resume)
     if source is not None:
         config.provenance = {**config.provenance, "source": source}
-    if source is not None and recipe.calibrate is None:
-        result = load_quantized(source, config, components)
-    elif source is not None:
-        result = _quantize_module(_one_model(load_quantized(source), source, config), config, recipe, run)
-    elif isinstance(target, nn.Module):
-        result = _quantize_module(target, config, recipe, run)
-    else:
-        result = _quantize_pipeline(target, config, components, recipe, run)
-    if output is not None:
-        save_complete(result, Path(output), source)
+    try:
+        if source is not None and recipe.calibrate is None:
+            result = load_quantized(source, config, components)
+        else:
+            result = target if source is None else load_quantized(source)
+            if isinstance(result, nn.Module):
+                _quantize_module(result, config, recipe, run)
+            else:
+                _quantize_pipeline(result, config, components, recipe, run, asked)
+        if output is not None:
+            save_complete(result, Path(output), source)
+    except BaseException:
+        run.leave()
+        raise
+    run.finish()
+    if run.folder is not None and run.folder.is_dir() and not any(run.folder.iterdir()):
+        run.folder.rmdir()  # one of a pipeline, whose components had theirs in it
     return result
 
 
@@ -92,44 +129,80 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return dequantize_model(model, dtype)
 
 
-def _resolve_config(config: LowbitConfig | str, data: Any) -> LowbitConfig:
+def _asked(
+    prompts: Sequence[Any] | None, steps: int | None, timesteps: int | None, arguments: dict[str, Any]
+) -> Prompts | None:
+    if prompts is not None:
+        return Prompts(prompts, steps, timesteps, {k: v for k, v in arguments.items() if v is not None})
+    given = {"steps": steps, "timesteps": timesteps, **arguments}
+    if alone := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(f"{', '.join(alone)}: said of pictures that a pipeline draws; give prompts as well")
+    return None
+
+
+def _resolve_config(config: LowbitConfig | str, data: Any, asked: Prompts | None) -> LowbitConfig:
     if isinstance(config, str):
         if config not in methods():
             raise ConfigError(f"unknown method {config!r}; installed: {', '.join(methods())}")
         config = methods()[config].config_class()  # type: ignore[call-arg]  # quant_method is a class attribute here
     elif not isinstance(config, LowbitConfig):
         raise ConfigError(f"config must be a method's config or its name, not {type(config).__name__}")
-    resolved = config.copy_with_data(data)
-    check_has_data(method_of(resolved), resolved)
+    resolved = config.copy_with_data(data, drawn=asked is not None)
+    if asked is not None and resolved.dataset is not None:
+        raise ConfigError("data (the config's dataset) and prompts are two sources of calibration data: give one")
+    check_has_data(method_of(resolved), resolved, drawn=asked is not None)
     return resolved
 
 
-def _one_model(loaded: Any, source: str, config: LowbitConfig) -> nn.Module:
-    if not isinstance(loaded, nn.Module):
-        raise ConfigError(
-            f"{source} is a pipeline, which {method_of(config).name!r} cannot calibrate as a whole: pass one of its "
-            "models, and batches of that model's arguments as data"
-        )
-    return loaded
+def _check_asked(
+    asked: Prompts | None, target: Any, config: LowbitConfig, recipe: Recipe, components: list[str] | None
+) -> Prompts | None:
+    """What a pipeline is to draw, None for nothing; refused before anything large is read or run."""
+    stored = isinstance(target, str | Path)
+    draws = is_pipeline(target) if stored else not isinstance(target, nn.Module)
+    if asked is not None and not draws:
+        what = f"{target} is no pipeline" if stored else f"a {type(target).__name__} is no pipeline"
+        raise ConfigError(f"{what}: prompts are what a pipeline draws; pass data, batches of the model's arguments")
+    if not draws or recipe.calibrate is None:
+        if asked is not None:
+            logger.info("the method %r needs no data: the prompts are not used", method_of(config).name)
+        return None
+    names = stored_components(target, components) if stored else pipeline_components(target, components)
+    if asked is None and len(names) > 1:
+        raise ConfigError(f"data holds the arguments of one model: name one of {', '.join(names)} in components")
+    if asked is not None and not stored:
+        asked.calls(target, 1)
+    return asked
 
 
 def _quantize_pipeline(
-    pipeline: Any, config: LowbitConfig, components: list[str] | None, recipe: Recipe, run: Run
-) -> Any:
-    for name in pipeline_components(pipeline, components):
-        _quantize_module(getattr(pipeline, name), config.copy_with_data(None), recipe, run)
-    return pipeline
+    pipeline: Any,
+    config: LowbitConfig,
+    components: list[str] | None,
+    recipe: Recipe,
+    run: Run,
+    asked: Prompts | None,
+) -> None:
+    names = pipeline_components(pipeline, components)
+    for name in names:
+        _check_float(getattr(pipeline, name))
+    recorded: dict[str, Any] = {}
+    if asked is not None:
+        folder = cache_home().parent / "resume" if run.folder is None else run.folder / "trajectories"
+        own_folder = run.folder is not None
+        recorded, files = record_trajectories(
+            pipeline, names, asked, config.num_samples, config.seed, folder, run.resume, own_folder
+        )
+        run.complete.append(files)
+    for name in names:
+        own = replace(run, folder=None if run.folder is None else run.folder / name)
+        _quantize_module(getattr(pipeline, name), config.copy_with_data(recorded.get(name)), recipe, own)
 
 
 @torch.no_grad()
 def _quantize_module(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run) -> nn.Module:
     """Quantize a live model in place; on failure every module is put back."""
-    if state_of(model) is not None:
-        raise QuantizationError("this model is quantized already; dequantize it first")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise QuantizationError(
-            "part of this model is offloaded or on the meta device; load it whole, or pass its folder"
-        )
+    _check_float(model)
     if recipe.calibrate is not None:
         calibrate(model, config, recipe, run)
         adopt(model, config)
@@ -160,6 +233,15 @@ def _quantize_module(model: nn.Module, config: LowbitConfig, recipe: Recipe, run
         raise
     adopt(model, config)
     return model
+
+
+def _check_float(model: nn.Module) -> None:
+    if state_of(model) is not None:
+        raise QuantizationError("this model is quantized already; dequantize it first")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise QuantizationError(
+            "part of this model is offloaded or on the meta device; load it whole, or pass its folder"
+        )
 
 
 def _share(owner: PackedModule, module: PackedModule, parameter: str) -> None:

@@ -243,7 +243,7 @@ def test_asymmetric_activations() -> None:
     specs = {name: config.layer_spec(name).activation for name in ("x", *overrides)}
     assert specs == {
         "x": ActivationSpec("int", 4, False),
-        "down_proj": ActivationSpec("int", 8),
+        "down_proj": ActivationSpec("int", 8, False),
         "fc": ActivationSpec("float8_e4m3fn", 8),
         "out": ActivationSpec("int", 6, False),
         "in": None,
@@ -252,10 +252,30 @@ def test_asymmetric_activations() -> None:
     assert RTNConfig.from_dict(config.to_dict()).layer_spec("x") == config.layer_spec("x")
     with pytest.raises(ConfigError, match="activation_symmetric=False needs activation_bits"):
         RTNConfig(activation_symmetric=False)
-    with pytest.raises(ConfigError, match="less their zero point they need 9 bits"):
-        RTNConfig(activation_bits=8, activation_symmetric=False)
+    with pytest.raises(ConfigError, match="a float has no zero point"):
+        RTNConfig(activation_format="float8_e4m3fn", activation_symmetric=False)
     with pytest.raises(ConfigError, match="activation_symmetric must be True or False"):
         RTNConfig(activation_bits=4, activation_symmetric=None)
+
+
+def test_inputs_per_timestep() -> None:
+    overrides = {"proj_out": {"activation_timesteps": False}, "conv_in": {"activation_static": False}}
+    config = RTNConfig(activation_bits=8, activation_static=True, activation_timesteps=True, overrides=overrides)
+    specs = [config.layer_spec(name).activation for name in ("x", *overrides)]
+    assert specs == [
+        ActivationSpec("int", 8, static=True, timesteps=()),
+        ActivationSpec("int", 8, static=True),
+        ActivationSpec("int", 8),
+    ]
+    assert RTNConfig.from_dict(json.loads(json.dumps(config.to_dict()))).layer_spec("x") == config.layer_spec("x")
+    with pytest.raises(ConfigError, match="activation_timesteps=True needs activation_bits or activation_format, and"):
+        RTNConfig(activation_timesteps=True)
+    with pytest.raises(ConfigError, match="scales of timesteps are static ones"):
+        RTNConfig(activation_bits=8, activation_timesteps=True)
+    with pytest.raises(ConfigError, match="activation_timesteps must be True or False, not 25"):
+        RTNConfig(activation_bits=8, activation_static=True, activation_timesteps=25)
+    with pytest.raises(ConfigError, match="a shift is of static activations of a floating-point format"):
+        RTNConfig(activation_bits=8, activation_static=True, activation_shift=True)
 
 
 def test_repr_shows_what_differs() -> None:

@@ -17,8 +17,9 @@ from hf_lowbit.calibration.statistics import Hessian, Magnitude, Statistic
 from hf_lowbit.calibration.store import TensorStore
 from hf_lowbit.formats import PackedTensor
 from hf_lowbit.nn import PackedModule
+from hf_lowbit.nn.timestep import at_timestep
 from hf_lowbit.plan import PlannedLayer, replace_module
-from hf_lowbit.rounding.power import round_completely
+from hf_lowbit.rounding.completing import round_completely
 from hf_lowbit.rounding.store import stack
 
 UNREACHED = "no token of the calibration data reaches it: rounded to nearest"
@@ -109,6 +110,10 @@ class Block:
         """What the block of the float model returned for the batch. For methods that ask for targets."""
         return self._store.get(self._targets[batch]).float()
 
+    def timestep(self, batch: int) -> Tensor | None:
+        """Of a denoiser's samples in a batch, as the model is given it; None for a model without timesteps."""
+        return self._calls.timesteps[batch]
+
     def arguments(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The block's arguments for a batch, from the quantized part of the model."""
         return self._calls.arguments(batch, self._index, self.flowing(batch), torch.float32)
@@ -120,7 +125,8 @@ class Block:
     def run(self, batch: int) -> Tensor:
         """The block's output for a batch."""
         args, kwargs = self.arguments(batch)
-        return self.output_of(self.module(*args, **kwargs))
+        with at_timestep(self.timestep(batch)):
+            return self.output_of(self.module(*args, **kwargs))
 
     def hessians(self, keys: Collection[str] | None = None) -> dict[str, Hessian]:
         """Mean of x x^T of every matrix' inputs; one object for all that read the same input."""

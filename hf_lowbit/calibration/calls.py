@@ -1,50 +1,29 @@
 """Calls of blocks, captured from the model itself: arguments, what flows from block to block, and how to repeat them.
 
-No class per model: one real forward shows which tensor of a block's arguments is the output of the block before (it is
-the same object). With that known, the arguments of every block for the whole calibration set come from forwards in
-which the blocks only hand on what they are given, at next to no cost.
+With it known how blocks hang together (:mod:`hf_lowbit.calibration.chains`), the arguments of every block for the whole
+calibration set come from forwards in which the blocks only hand on what they are given, at next to no cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from hf_lowbit.calibration.chains import Flow, NotAChain
+from hf_lowbit.calibration.replay import Replay
 from hf_lowbit.calibration.store import TensorStore, to_compute
 
 _LARGE = 1 << 20  # bytes from which a captured argument goes to the store
 
 
-class NotAChain(Exception):
-    """Blocks that do not run one after the other on each other's outputs."""
-
-
 class _Stop(Exception):
     """Ends a forward once everything is captured."""
-
-
-@dataclass(frozen=True)
-class Flow:
-    """What a block hands to the next.
-
-    Attributes:
-        outgoing: index of the tensor among a block's flattened outputs.
-        incoming: index of the same tensor among the next block's flattened arguments.
-        leaves: the block's other outputs as they were in one real forward, for the shape of what it returns.
-        spec: structure of its outputs.
-    """
-
-    outgoing: int
-    incoming: int
-    leaves: tuple[Any, ...]
-    spec: TreeSpec
 
 
 @dataclass
@@ -68,19 +47,26 @@ class Calls:
     Attributes:
         flows: per block but the last.
         inputs: store key, per batch, of what flows into the first block; none for a stack of one.
+        timesteps: per batch, of its samples, as a denoiser is given them; None for a model without.
+        broken: the first of them in which something that is read, or flows, is not finite; None for none.
     """
 
     def __init__(self, store: TensorStore, incoming: Sequence[int | None], flows: Sequence[Flow]) -> None:
         self._store, self._incoming, self.flows = store, incoming, flows
         self._calls: list[list[Call]] = []
+        self._keys: list[int] = []
         self.inputs: list[int] = []
+        self.timesteps: list[Any] = []
+        self.broken: int | None = None
 
     def __len__(self) -> int:
         return len(self._calls)
 
-    def add(self, calls: list[Call]) -> None:
+    def add(self, calls: list[Call], timestep: Any = None) -> None:
         """One batch; its first flowing tensor moves to :attr:`inputs`."""
         first = self._incoming[0]
+        self.timesteps.append(timestep)
+        self.check(len(self), *(leaf for call in calls for leaf in call.leaves))
         if first is not None:
             self.inputs.append(self._store.put(calls[0].leaves[first]))
         known: dict[int, _Stored] = {}
@@ -91,6 +77,7 @@ class Calls:
                 elif isinstance(leaf, Tensor) and leaf.numel() * leaf.element_size() >= _LARGE:
                     if id(leaf) not in known:
                         known[id(leaf)] = _Stored(self._store.put(leaf))
+                        self._keys.append(known[id(leaf)].key)
                     call.leaves[index] = known[id(leaf)]
         self._calls.append(calls)
 
@@ -107,85 +94,35 @@ class Calls:
         return args, kwargs
 
     def output(self, block: int, value: Any) -> Tensor:
-        """The tensor that flows on, of what a block returned; of the last block, its first tensor."""
+        """The tensor that flows on, of what a block returned; of the last block, its first tensor.
+
+        Of a block alone that returns several of ``[batch, tokens, channels]``, as those of Flux and SD3 do for text and
+        image: all of them, joined along the tokens. [ours; adding up their losses weights short texts higher]
+        """
         leaves = tree_flatten(value)[0]
         if block < len(self.flows):
             result = leaves[self.flows[block].outgoing]
-        else:
-            result = next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
-        assert isinstance(result, Tensor)
-        return result
+            assert isinstance(result, Tensor)
+            return result
+        floats = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if self.flows or any(x.dim() != 3 or x[:, 0].shape != floats[0][:, 0].shape for x in floats):
+            return floats[0]
+        return floats[0] if len(floats) == 1 else torch.cat(floats, dim=1)
 
+    def check(self, batch: int, *values: Any) -> None:
+        """Note a batch that reads NaN or infinity as :attr:`broken`; masks may hold minus infinity."""
+        if self.broken is None and any(
+            bool(value.isnan().any() or value.isposinf().any())
+            for value in values
+            if isinstance(value, Tensor) and value.is_floating_point()
+        ):
+            self.broken = batch
 
-@torch.no_grad()
-def probe(
-    model: nn.Module, batch: dict[str, Any], names: Sequence[str]
-) -> tuple[list[str], dict[str, list[Any]], set[str]]:
-    """One real forward.
-
-    Returns:
-        Names of the called modules in the order of their first call; name -> [arguments flattened, outputs flattened,
-        structure of the outputs] of the first call; names of those that were called again.
-    """
-    order: list[str] = []
-    seen: dict[str, list[Any]] = {}
-    again: set[str] = set()
-
-    def before(name: str, args: Any, kwargs: Any) -> None:
-        if name in seen:
-            again.add(name)
-            return
-        order.append(name)
-        seen[name] = [tree_flatten((args, kwargs))[0]]
-
-    def after(name: str, output: Any) -> None:
-        if len(seen[name]) == 1:
-            seen[name] += list(tree_flatten(output))
-
-    handles = []
-    for name in names:
-        module = model.get_submodule(name)
-        handles.append(
-            module.register_forward_pre_hook(
-                lambda m, args, kwargs, name=name: before(name, args, kwargs), with_kwargs=True
-            )
-        )
-        handles.append(module.register_forward_hook(lambda m, args, output, name=name: after(name, output)))
-    try:
-        model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return order, seen, again
-
-
-def chain(blocks: Sequence[str], seen: dict[str, list[Any]]) -> tuple[list[int | None], list[Flow]]:
-    """How a stack's blocks hang together: the flowing argument of each, and the flows between them.
-
-    Raises:
-        NotAChain: a block was not called, or is not fed by the one before.
-    """
-    missing = [block for block in blocks if block not in seen]
-    if missing:
-        raise NotAChain(f"{missing[0]} is not called")
-    if len(blocks) == 1:
-        return [None], []
-    flows: list[Flow] = []
-    incoming: list[int | None] = []
-    for block, following in pairwise(blocks):
-        outputs, arguments = seen[block][1], seen[following][0]
-        pairs = [
-            (i, j)
-            for i, output in enumerate(outputs)
-            for j, argument in enumerate(arguments)
-            if isinstance(output, Tensor) and output is argument
-        ]
-        if len(pairs) != 1:
-            raise NotAChain(f"{following} does not run on the output of {block}")
-        leaves = tuple(None if index == pairs[0][0] else leaf for index, leaf in enumerate(outputs))
-        flows.append(Flow(*pairs[0], leaves, seen[block][2]))
-        incoming.append(pairs[0][1])
-    return [incoming[0], *incoming], flows
+    def forget(self) -> None:
+        """Drop the arguments from the store."""
+        for key in self._keys:
+            self._store.drop(key)
+        self._keys, self._calls = [], []
 
 
 @torch.no_grad()
@@ -210,8 +147,63 @@ def capture(
             model(**batch)
         if len(captured) != len(blocks):
             raise NotAChain(f"only {len(captured)} of {len(blocks)} blocks are called on some of the data")
-        calls.add(captured)
+        calls.add(captured, batch.get("timestep"))
     return calls
+
+
+@torch.no_grad()
+def capture_one(
+    model: nn.Module,
+    block: str,
+    batches: Sequence[dict[str, Any]],
+    times: int,
+    store: TensorStore,
+    replay: Replay | None = None,
+) -> Calls:
+    """The arguments of one block for every batch, from forwards that end with its last call.
+
+    Args:
+        times: how often a forward calls it; each call counts as a batch of its own.
+        replay: hands on what blocks before it return.
+
+    Raises:
+        NotAChain: a forward that does not reach it.
+    """
+    calls = Calls(store, [None], [])
+    for index, batch in enumerate(batches):
+        captured: list[Call] = []
+        replaying = nullcontext() if replay is None else replay.handing_on(index)
+        with replaying, _recording(model.get_submodule(block), times, captured), suppress(_Stop):
+            model(**batch)
+        if not captured:
+            raise NotAChain(f"{block} is not called on some of the data")
+        for call in captured:
+            calls.add([call], batch.get("timestep"))
+    return calls
+
+
+@contextmanager
+def _recording(module: nn.Module, times: int, captured: list[Call]) -> Iterator[None]:
+    """The module records its arguments; its last call ends the forward."""
+    forward, own = module.forward, module.__dict__.get("forward")
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        if len(captured) == times - 1:
+            captured.append(Call(leaves, spec))
+            raise _Stop
+        # what follows may change them in place
+        captured.append(Call([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec))
+        return forward(*args, **kwargs)
+
+    module.forward = record
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 @contextmanager

@@ -45,6 +45,16 @@ def combine(statistics: Iterable[Statistic]) -> None:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
 
+def union(values: Iterable[float]) -> set[float]:
+    """The values that any process has."""
+    own = set(values)
+    if processes() == 1:
+        return own
+    found: list[set[float]] = [set() for _ in range(processes())]
+    dist.all_gather_object(found, own)
+    return set().union(*found)
+
+
 def agree(tensor: Tensor) -> None:
     """Make a tensor the first process' in all of them, in place."""
     if processes() == 1 or not tensor.numel():

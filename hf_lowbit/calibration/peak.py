@@ -25,8 +25,8 @@ def predict_peak(
             block = max(block, 4 * sum(p.numel() for p in model.get_submodule(name).parameters()))
             widths = [_columns(model.get_submodule(layer)) for layer in layers_of(name, layers)]
             statistics = max(statistics, 4 * sum(width * width for width in widths))
-    tokens = sum(_tokens(batch) for batch in batches)
     hidden = getattr(getattr(model, "config", None), "hidden_size", None) or 0
+    tokens = sum(_tokens(batch) for batch in batches) if hidden else 0
     activations = 4 * tokens * hidden * (2 if targets else 1)
     kept = min(activations, limit)
     spilled = f" ({_mb(activations - kept)} more on disk)" if activations > kept else ""

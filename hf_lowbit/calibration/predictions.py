@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from hf_lowbit.calibration.inspected import first_output
 from hf_lowbit.calibration.store import TensorStore
@@ -74,12 +75,12 @@ class Predictions:
         self._head = None if head is None else [p.data for p in (head.weight, head.bias) if isinstance(p, Tensor)]
         self._kept, self._sizes = [], []
         for batch in self._batches:
-            size = _samples(batch)
+            size = samples_of(batch)
             parts = []
             for index in range(size):  # one by one: the logits of a batch would take more memory than all the rest
                 with torch.no_grad(), _calls(head) as calls:
-                    output = model(**_cut(batch, size, slice(index, index + 1)))
-                parts.append(_prediction(output) if head is None else calls[-1][0])
+                    output = model(**part_of(batch, size, slice(index, index + 1)))
+                parts.append(prediction_of(output) if head is None else calls[-1][0])
             self._kept.append(store.put(torch.cat(parts)))
             self._sizes.append(size)
 
@@ -116,7 +117,7 @@ class Predictions:
             output = model(**batch)
         kept = self._store.get(self._kept[piece.batch])[piece.samples]
         if self._head is None:
-            mine = _prediction(output).float()
+            mine = prediction_of(output).float()
             expected: Tensor = kept.to(mine.device, torch.float32)
             return F.mse_loss(mine, expected) / expected.square().mean()
         logits = calls[-1][1]
@@ -128,21 +129,22 @@ class Predictions:
         return loss
 
     def _cut(self, piece: Piece) -> Batch:
-        return _cut(self._batches[piece.batch], self._sizes[piece.batch], piece.samples)
+        return part_of(self._batches[piece.batch], self._sizes[piece.batch], piece.samples)
 
 
-def _samples(batch: Batch) -> int:
+def samples_of(batch: Batch) -> int:
     """How many, by the first tensor that has tokens or channels beside them."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
     return len(next((tensor for tensor in tensors if tensor.dim() > 1), tensors[0]))
 
 
-def _cut(batch: Batch, size: int, samples: slice) -> Batch:
+def part_of(batch: Batch, size: int, samples: slice) -> Batch:
     """Some of the samples of a batch of ``size``."""
-    return {
-        key: value[samples] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
-        for key, value in batch.items()
-    }
+    part: Batch = tree_map(
+        lambda value: value[samples] if isinstance(value, Tensor) and value.dim() and len(value) == size else value,
+        dict(batch),
+    )
+    return part
 
 
 def _head_of(model: nn.Module) -> Any:
@@ -166,5 +168,6 @@ def _calls(module: nn.Module | None) -> Iterator[list[tuple[Tensor, Tensor]]]:
         handle.remove()
 
 
-def _prediction(output: Any) -> Tensor:
+def prediction_of(output: Any) -> Tensor:
+    """The first floating tensor of what a whole model returned."""
     return first_output(output if isinstance(output, Tensor | tuple) else dict(output))

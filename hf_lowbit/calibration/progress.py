@@ -9,10 +9,11 @@ logger = logging.getLogger("hf_lowbit")
 
 
 class Progress:
-    """Logs each finished block with the time that is left, from the mean of those computed so far."""
+    """Logs each finished block, or what else is counted, with the time that is left: the mean of those computed so far
+    for each."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self._computed = total, 0, 0
+    def __init__(self, total: int, what: str = "block") -> None:
+        self.total, self.done, self._computed, self._what = total, 0, 0, what
         self._started = self._last = time.monotonic()
 
     def step(self, name: str, restored: bool) -> None:
@@ -22,12 +23,13 @@ class Progress:
         self._computed += not restored
         if restored:
             self._started += now - self._last  # taken over, not computed: it says nothing of the rest
-            logger.info("block %d of %d: %s taken from the earlier run", self.done, self.total, name)
+            logger.info("%s %d of %d: %s taken from the earlier run", self._what, self.done, self.total, name)
         else:
             left = (now - self._started) / self._computed * (self.total - self.done)
             logger.info(
-                "block %d of %d: %s in %.1f s, %s left", self.done, self.total, name, now - self._last, duration(left)
-            )
+                "%s %d of %d: %s in %.1f s, %s left",
+                self._what, self.done, self.total, name, now - self._last, duration(left),
+            )  # fmt: skip
         self._last = now
 
 

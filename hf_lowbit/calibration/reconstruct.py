@@ -7,8 +7,8 @@ inputs from the quantized blocks before, targets from the float model, the mean 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ class Training:
         optimizer: "sign": steps along the gradient's sign (SignRound); "adam".
         keep_best: where the last pass over the data lost more than an earlier one, end with the parameters that the
             best pass began with; False always ends with the last ones.
+        quantized_inputs: layers whose inputs will be quantized read them so meanwhile; False: as they come.
     """
 
     iterations: int = 200
@@ -41,6 +42,7 @@ class Training:
     optimizer: str = "sign"
     keep_best: bool = True
     decay: bool = True
+    quantized_inputs: bool = True
 
 
 class Learned(Protocol):
@@ -84,7 +86,7 @@ def reconstruct(
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        with _quantized_inputs(block, through_scale=rewrite is not None):
+        with _quantized_inputs(block, rewrite is not None) if training.quantized_inputs else nullcontext():
             for step in range(training.iterations):
                 if not order:
                     order = torch.randperm(len(block), generator=generator).tolist()
@@ -196,7 +198,16 @@ def _quantized_inputs(block: Block, through_scale: bool) -> Iterator[None]:
 def _simulate(
     module: nn.Module, args: tuple[Tensor, ...], spec: ActivationSpec, through_scale: bool
 ) -> tuple[Tensor, ...]:
-    return (simulate_activation(args[0], spec, through_scale), *args[1:])
+    x, spatial = args[0], len(getattr(module, "kernel_size", ()))
+    if not spatial:
+        return (simulate_activation(x, spec, through_scale), *args[1:])
+    taps = int(torch.Size(module.kernel_size).numel())  # type: ignore[arg-type]
+    if (taps > 1 and not spec.static) or (spec.group_size or taps) % taps:
+        return args  # scales of patches, which overlap: read as they come [ours]
+    own = spec if spec.group_size is None else replace(spec, group_size=spec.group_size // taps)
+    channels = -1 - spatial
+    read = simulate_activation(x.movedim(channels, -1), own, through_scale).movedim(-1, channels)
+    return (read, *args[1:])
 
 
 def _mean(values: list[float]) -> float:

@@ -127,6 +127,7 @@ def _measure_unit(
         progress.step(name, False)
     for key in inputs:
         store.drop(key)
+    calls.forget()
 
 
 def output_losses(

@@ -10,8 +10,9 @@ module around them; trials take a randomized decomposition.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from hf_lowbit.calibration.block import Block
 from hf_lowbit.calibration.parallel import processes, rank
 from hf_lowbit.calibration.scaling import block_sites, keys_of, storable_scale
 from hf_lowbit.calibration.sites import Site, fold_site
-from hf_lowbit.calibration.statistics import Magnitude
+from hf_lowbit.calibration.statistics import Magnitude, Statistic
 from hf_lowbit.compensation.absorption import Part, absorb, sketched_factors
 from hf_lowbit.nn import PackedLinear, Scaling
 from hf_lowbit.transforms.fold import expand_scale, gather_repeats
@@ -57,14 +58,21 @@ class InputSample(Magnitude):
         return self._sample
 
 
+class _Peaks(Statistic, Protocol):
+    @property
+    def maximum(self) -> Tensor:
+        """Largest |x| per channel."""
+
+
 @dataclass
 class SharedInput:
     """Matrices that read one tensor.
 
     Attributes:
         keys: of the block's matrices.
-        inputs: a sample of what they read, float32 ``[tokens, columns]``; None where no token reaches them.
-        maximum: largest |x| per channel.
+        inputs: a sample of what they read, float32 ``[tokens, columns]``; None where no token reaches them, or none is
+            kept.
+        maximum: largest |x| per channel; None where no token reaches them.
         site: where a scale can be folded; None where it has to stay in the layers.
         is_linear: whether a scale can be kept in the layers.
     """
@@ -86,9 +94,13 @@ def parts_of(block: Block, keys: Sequence[str], scale: Tensor | None = None) -> 
 
 
 @torch.no_grad()
-def shared_inputs(block: Block) -> list[SharedInput]:
-    """The block's matrices by what they read, in order of definition; those without inputs by themselves."""
-    samples: Mapping[str, InputSample] = block.collect(InputSample)
+def shared_inputs(block: Block, make: Callable[[int, torch.device], _Peaks] = InputSample) -> list[SharedInput]:
+    """The block's matrices by what they read, in order of definition; those without inputs by themselves.
+
+    Args:
+        make: the statistic that is collected; only :class:`InputSample` keeps inputs themselves.
+    """
+    samples: Mapping[str, _Peaks] = block.collect(make)
     sites = block_sites(block)
     groups: dict[int | str, SharedInput] = {}
     for key, matrix in block.matrices.items():
@@ -97,7 +109,8 @@ def shared_inputs(block: Block) -> list[SharedInput]:
         group = groups.setdefault(key if sample is None else id(sample), SharedInput([], None))
         group.keys.append(key)
         if sample is not None and seen:
-            group.inputs, group.maximum = sample.sample, sample.maximum
+            group.inputs = sample.sample if isinstance(sample, InputSample) else None
+            group.maximum = sample.maximum
         group.is_linear = isinstance(matrix.skeleton, PackedLinear)
     for group in groups.values():
         group.site = next((site for site in sites if _serves(block, site, group)), None) if group.is_linear else None
@@ -121,7 +134,7 @@ def smooth_input(block: Block, group: SharedInput, steps: int, share: bool) -> N
         if error < least:
             best, least = scale, error
     if best is not None:
-        group.inputs = group.inputs / _put(block, group, best)
+        group.inputs = group.inputs / put_scale(block, group, best)
 
 
 def _serves(block: Block, site: Site, group: SharedInput) -> bool:
@@ -134,14 +147,19 @@ def _serves(block: Block, site: Site, group: SharedInput) -> bool:
 
 def _candidates(block: Block, group: SharedInput, steps: int) -> list[Tensor | None]:
     """Scales of the channels that are scaled; None, for none, first."""
-    assert group.maximum is not None
-    columns = torch.stack([block.matrices[key].weight.float().abs().amax(0) for key in group.keys]).amax(0)
-    inputs, weights = (_gathered(group, values) for values in (group.maximum, columns))
+    inputs, weights = ranges_of(block, group)
     scales: list[Tensor | None] = [None]
     for alpha in (n / steps for n in range(1, steps)):
         scales.append(smoothing_scale(inputs, torch.ones_like(inputs), alpha))
         scales.append(smoothing_scale(inputs, weights, alpha))
     return scales
+
+
+def ranges_of(block: Block, group: SharedInput) -> tuple[Tensor, Tensor]:
+    """Largest |x| and largest |w| of each channel that is scaled, over all matrices of the group."""
+    assert group.maximum is not None
+    columns = torch.stack([block.matrices[key].weight.float().abs().amax(0) for key in group.keys]).amax(0)
+    return _gathered(group, group.maximum), _gathered(group, columns)
 
 
 def _gathered(group: SharedInput, values: Tensor) -> Tensor:
@@ -155,8 +173,15 @@ def _expanded(group: SharedInput, scale: Tensor) -> Tensor:
     return scale if site is None else expand_scale(scale, site.repeat, site.head_dim)
 
 
-def _put(block: Block, group: SharedInput, scale: Tensor) -> Tensor:
-    """Fold the scale, or keep it in the layers; what the inputs are divided by in the end."""
+def put_scale(block: Block, group: SharedInput, scale: Tensor) -> Tensor:
+    """Fold a scale of :func:`ranges_of`'s channels, or keep it in the layers.
+
+    Returns:
+        What the inputs are divided by in the end, ``[columns]``.
+
+    Raises:
+        FoldError: a scale that a parameter before the layers cannot hold.
+    """
     if group.site is not None:
         exact = storable_scale(block.module, group.site, scale)
         fold_site(block.module, group.site, exact)

@@ -129,6 +129,36 @@ class BatchMagnitude:
         return [self.maximum]
 
 
+class MeanPeak:
+    """Mean over batches of a channel's largest |x|, float32 ``[channels]`` (ViDiT-Q, arXiv 2406.02540).
+
+    [ours]: a plain mean, the same in whatever order batches come; the authors' code has a running mean with momentum
+    0.95, and takes peaks sample by sample.
+    """
+
+    def __init__(self, channels: int, device: torch.device | None = None) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(channels, device=device)
+        self._batches = torch.zeros(1, device=device)
+
+    def update(self, x: Tensor) -> None:
+        self.tokens += x.shape[0]
+        if x.shape[0]:
+            self._sum += x.abs().amax(0)
+            self._batches += 1
+
+    def summed(self) -> list[Tensor]:
+        return [self._sum, self._batches]
+
+    def largest(self) -> list[Tensor]:
+        return []
+
+    @property
+    def maximum(self) -> Tensor:
+        """The mean of the peaks."""
+        return self._sum / self._batches.clamp(min=1)
+
+
 class Extremes:
     """Least and largest x of every channel, float32 ``[channels]`` (OmniQuant's shifts)."""
 

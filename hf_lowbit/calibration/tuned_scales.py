@@ -65,7 +65,11 @@ class _Product:
         activation = self._layer.layer_spec.activation
         if torch.is_autocast_enabled(x.device.type):  # it does not reach custom functions
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        read = x if activation is None else simulate_activation(x, activation, input_scale=self._layer.input_scale())
+        if activation is None:
+            read = x
+        else:
+            scale, shift = self._layer.input_scales("weight", x.shape[:-1])
+            read = simulate_activation(x, activation, input_scale=scale, input_shift=shift)
         product: Tensor = _TunedProduct.apply(read, self._log, self._layer.packed(), self._layer.backend)
         return product
 

@@ -9,8 +9,6 @@ file, and nothing at run time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from hf_lowbit.calibration.norms import norm_parameters
 from hf_lowbit.calibration.parallel import processes
 from hf_lowbit.calibration.predictions import Piece, Predictions
+from hf_lowbit.calibration.trainable import in_float32, only_trained
 from hf_lowbit.calibration.tuned_scales import TunedScales
 from hf_lowbit.kernels.routes import has_bfloat16_units
 
@@ -61,16 +60,13 @@ def tune(
         seed: of the order of the data.
     """
     pieces = _as_many(predictions.pieces(samples))
-    types = {t: t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
-    try:
-        for tensor in types:
-            tensor.data = tensor.data.float()
+    with in_float32(model) as types:
         scales, norms = TunedScales(model), list(norm_parameters(model).values())
         originals = [norm.detach().clone() for norm in norms]
         judged = pieces[:: max(1, len(pieces) // _JUDGED)]
         with scales.applied(), _fast_arithmetic(model):
             before = _mean_loss(model, predictions, judged)
-            with _alone(model, norms):
+            with only_trained(model, norms):
                 _train(model, predictions, pieces, scales, norms, epochs, learning_rate, seed)
             for norm in norms:  # as they will be stored
                 norm.data = norm.data.to(types[norm]).float()
@@ -81,9 +77,6 @@ def tune(
         else:
             for norm, original in zip(norms, originals, strict=True):
                 norm.data = original
-    finally:
-        for tensor, dtype in types.items():
-            tensor.data = tensor.data.to(dtype)
     return Tuned(before, after, kept, tuple(scales.layers))
 
 
@@ -143,22 +136,6 @@ def _average(parameters: list[nn.Parameter]) -> None:
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         dist.all_reduce(gradient)
         parameter.grad = gradient / processes()
-
-
-@contextmanager
-def _alone(model: nn.Module, norms: list[nn.Parameter]) -> Iterator[None]:
-    """Within it, of the model's own parameters only these collect gradients."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        for norm in norms:
-            norm.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-            parameter.grad = None
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,21 +15,25 @@ from torch import Tensor, nn
 from hf_lowbit.calibration.block import Block, Pack, PackedParameter
 from hf_lowbit.calibration.calls import Calls
 from hf_lowbit.calibration.checkpoint import Checkpoint
+from hf_lowbit.calibration.fitting import FitInputs
 from hf_lowbit.calibration.low_rank import UNCOMPENSATED, Compensation, Rounding
-from hf_lowbit.calibration.parallel import agree, rank, share, wait_for_all
+from hf_lowbit.calibration.parallel import agree, rank, wait_for_all
 from hf_lowbit.calibration.progress import Progress
+from hf_lowbit.calibration.replay import Replay
 from hf_lowbit.calibration.stacks import layers_of
-from hf_lowbit.calibration.static_inputs import set_static_inputs, with_dynamic_inputs
+from hf_lowbit.calibration.static_inputs import check_timesteps, set_static_inputs, with_dynamic_inputs
 from hf_lowbit.calibration.store import TensorStore
-from hf_lowbit.calibration.units import Unit, advance, find_units, tables_of, weight_of, without_cache
+from hf_lowbit.calibration.units import Unit, advance, find_units, ready, tables_of, weight_of
 from hf_lowbit.formats import PackedTensor
 from hf_lowbit.nn import KINDS, LayerSpec, PackedModule
+from hf_lowbit.nn.timestep import attach_timestep, detach_timestep
 from hf_lowbit.plan import PlannedLayer, packed_modules, replace_module
-from hf_lowbit.rounding.power import round_completely
+from hf_lowbit.rounding.completing import round_completely
 
 logger = logging.getLogger("hf_lowbit")
 
 Step = Callable[[Block], None]
+_FEW = 8
 
 
 @dataclass
@@ -63,6 +68,8 @@ class Walk:
         compensation: low-rank, of every layer.
         rounding: of a method that rounds each matrix by itself, for layers that no data reaches; by default to nearest.
         percentile: of |input| that stored scales of inputs cover.
+        fit_inputs: finds these scales in another way.
+        original: a float copy of the model, where there is one already.
     """
 
     def __init__(
@@ -81,10 +88,12 @@ class Walk:
         compensation: Compensation = UNCOMPENSATED,
         rounding: Rounding | None = None,
         percentile: float = 100.0,
+        fit_inputs: FitInputs | None = None,
+        original: nn.Module | None = None,
     ) -> None:
         self.model, self.layers, self.step, self.pack = model, dict(layers), step, pack
-        self.percentile = percentile
-        self.batches = share([without_cache(model, batch) for batch in batches])
+        self.percentile, self.fit_inputs, self.original = percentile, fit_inputs, original
+        self.batches = ready(model, batches)
         self.targets, self.checkpoint, self.seed, self.limit, self.folder = targets, checkpoint, seed, limit, folder
         self.compensation, self.rounding = compensation, rounding
         self.walked = Walked()
@@ -92,17 +101,39 @@ class Walk:
     @torch.no_grad()
     def run(self) -> Walked:
         """Quantize everything that is planned."""
+        if not check_timesteps(self.model, self.layers.values(), self.batches):
+            return self._run()
+        attach_timestep(self.model, always=True)  # what is quantized first is called while the rest is not
+        try:
+            return self._run()
+        except BaseException:
+            detach_timestep(self.model)
+            raise
+
+    def _run(self) -> Walked:
         tables = {name: self.layers.pop(name) for name in tables_of(self.model, self.layers)}
         units = self._units()
         progress = Progress(sum(len(unit.stack.blocks) for unit in units))
         with TensorStore(self.limit, self.folder) as store:
-            floats = [unit.capture(self.model, self.batches, store) if self.targets else None for unit in units]
+            original = self._original(units)
+            early = [unit if self.targets and (original is None or unit.is_chain) else None for unit in units]
+            floats = [unit.capture(self.model, self.batches, store) if unit is not None else None for unit in early]
             self._round_tables(tables)
+            share = None if self.limit is None else self.limit // 4
+            replays = {model: Replay(model, share) for model in (self.model, original) if model is not None}
             for unit, calls in zip(units, floats, strict=True):
-                self._walk(unit, calls, store, progress)
+                self._walk(unit, calls, original, store, progress, replays)
             if store.spilled:
                 logger.info("%d MB of activations were spilled to disk", store.spilled >> 20)
         return self.walked
+
+    def _original(self, units: Sequence[Unit]) -> nn.Module | None:
+        """A copy of the float model, where targets of many single blocks are wanted: all that they read in it would be
+        too much to keep from the start, as a chain's one input is kept.
+        """
+        if not self.targets or sum(not unit.is_chain for unit in units) <= _FEW:
+            return None
+        return copy.deepcopy(self.model) if self.original is None else self.original
 
     def _round_tables(self, tables: Mapping[str, PlannedLayer]) -> None:
         """They come first: what follows sees them as they will be."""
@@ -151,8 +182,22 @@ class Walk:
             logger.info("outside chains of blocks, calibrated one by one: %s", ", ".join(self.walked.layer_by_layer))
         return found.units
 
-    def _walk(self, unit: Unit, floats: Calls | None, store: TensorStore, progress: Progress) -> None:
-        calls = unit.capture(self.model, self.batches, store)
+    def _walk(
+        self,
+        unit: Unit,
+        floats: Calls | None,
+        original: nn.Module | None,
+        store: TensorStore,
+        progress: Progress,
+        replays: Mapping[nn.Module, Replay],
+    ) -> None:
+        finished = None if unit.is_chain else self._finished(unit.stack.blocks[0])
+        if finished is not None:
+            calls, floats = Calls(store, [None], []), None  # nobody will read them
+        else:
+            calls = unit.capture(self.model, self.batches, store, replays[self.model])
+            if floats is None and original is not None:
+                floats = unit.capture(original, self.batches, store, replays[original])
         inputs, targets = calls.inputs, list(floats.inputs) if floats is not None else []
         for index, name in enumerate(unit.stack.blocks):
             last = index == len(unit.stack.blocks) - 1
@@ -167,10 +212,10 @@ class Walk:
             block = Block(
                 name, module, layers, calls, index, store, inputs, targets, self.pack, self.seed, self.compensation
             )
-            restored = self.checkpoint.load(name) if self.checkpoint is not None else None
+            restored = self._finished(name) if finished is None else finished
             wait_for_all()  # before any process can have written this block
             if restored is None:
-                self._quantize(block)
+                self._quantize(block, _broken(calls, floats))
             else:
                 self._restore(block, *restored)
             if block.module is not module:
@@ -183,12 +228,26 @@ class Walk:
             progress.step(name, restored is not None)
         for key in (*inputs, *targets):
             store.drop(key)
+        for captured in (calls, floats):
+            if captured is not None:
+                captured.forget()
+        if not unit.is_chain:
+            for replay in replays.values():
+                replay.finish(unit.stack.blocks[0])
 
-    def _quantize(self, block: Block) -> None:
-        self.step(block)
+    def _finished(self, block: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What an earlier run made of a block."""
+        return self.checkpoint.load(block) if self.checkpoint is not None else None
+
+    def _quantize(self, block: Block, broken: str | None) -> None:
+        if broken is None:
+            self.step(block)
+        else:
+            logger.warning("%s: %s", block.name, broken)
+            block.notes.update(dict.fromkeys(block.unpacked, f"{broken}: rounded to nearest"))
         for key in block.unpacked:
             block.round_to_nearest(key, block.notes.get(key, "the method left it: rounded to nearest"))
-        set_static_inputs(block, self.percentile)
+        set_static_inputs(block, self.percentile, self.fit_inputs)
         for tensor in block.module.state_dict().values():
             agree(tensor)
 
@@ -223,6 +282,16 @@ class Walk:
         for parameter, error in facts["errors"].items():
             a, b = adapters.get(f"adapter:{parameter}:a"), adapters.get(f"adapter:{parameter}:b")
             block.done[parameter] = PackedParameter(error, None if a is None or b is None else (a, b))
+
+
+def _broken(calls: Calls, floats: Calls | None) -> str | None:
+    """Why a block cannot be calibrated on what it reads, or has to return."""
+    for captured, who in ((floats, "the float model's"), (calls, "the quantized model's")):
+        if captured is not None and captured.broken is not None:
+            timestep = captured.timesteps[captured.broken]
+            when = "" if timestep is None else f", at timestep {float(torch.as_tensor(timestep).flatten()[0]):g}"
+            return f"{who} activations are not finite in batch {captured.broken} of the calibration data{when}"
+    return None
 
 
 def _floats(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -9,8 +9,12 @@ from hf_lowbit.integrations.registration import registered_engine
 from hf_lowbit.method import Method, Recipe
 
 
-def check_has_data(method: Method, config: LowbitConfig) -> None:
-    """Raise ConfigError for a config that calibrates without data, or that asks for what its method cannot do."""
+def check_has_data(method: Method, config: LowbitConfig, drawn: bool = False) -> None:
+    """Raise ConfigError for a config that calibrates without data, or that asks for what its method cannot do.
+
+    Args:
+        drawn: the data will come from a pipeline.
+    """
     recipe = method.make_recipe(config)
     calibrates, low_rank = recipe.calibrate is not None, config.low_rank
     if config.tuning is not None and not calibrates:
@@ -23,10 +27,11 @@ def check_has_data(method: Method, config: LowbitConfig) -> None:
             f"{method.name!r} cannot: it chooses codes once, from what a whole block reads. Use iterations=1, or a "
             "method that rounds each matrix by itself, such as 'rtn' or 'hqq'"
         )
-    if config.dataset is None and calibrates:
+    if config.dataset is None and calibrates and not drawn:
         raise ConfigError(
             f"{_what_needs_data(method, config, recipe)} needs calibration data: pass dataset=... in its config "
-            "(data=... of hf_lowbit.quantize), or dataset='self' to calibrate on text that the model generates itself"
+            "(data=... of hf_lowbit.quantize), or dataset='self' to calibrate on text that the model generates itself; "
+            "for a diffusion pipeline prompts=... and steps=... of hf_lowbit.quantize"
         )
 
 

@@ -12,7 +12,8 @@ import torch
 from accelerate.utils import CustomDtype
 from torch import Tensor, nn
 
-from hf_lowbit.config import ConfigError, LowbitConfig
+from hf_lowbit.config import LowbitConfig
+from hf_lowbit.integrations.calibrating import calibrate_loaded, check_has_data
 from hf_lowbit.integrations.compat import diffusers as compat
 from hf_lowbit.integrations.compensation import keeps_adapter, load_compensation
 from hf_lowbit.integrations.finish import check_loaded, finish_quantization
@@ -55,12 +56,12 @@ class LowbitDiffusersQuantizer(compat.DiffusersQuantizer):
                 "float tensors there. Quantize without disk offload, save the result, and load that with offload"
             )
         method = method_of(self.quantization_config)
+        check_has_data(method, self.quantization_config)
         self.recipe = method.make_recipe(self.quantization_config)
-        if self.recipe.calibrate is not None:
-            raise ConfigError(
-                f"the method {method.name!r} calibrates, which needs the loaded model: load it in full precision, and "
-                "pass it to hf_lowbit.quantize(model, config, data=batches of its arguments)"
-            )
+
+    @property
+    def _calibrates(self) -> bool:
+        return self.recipe is not None and self.recipe.calibrate is not None
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Remember which tensors the checkpoint has, and where it is."""
@@ -76,7 +77,8 @@ class LowbitDiffusersQuantizer(compat.DiffusersQuantizer):
             self.quantization_config.plan = self.plan.to_list()
             for warning in self.plan.warnings:
                 logger.warning(warning)
-        install(model, self.plan, packed=self.pre_quantized)
+        if not self._calibrates:  # else the float model is loaded first
+            install(model, self.plan, packed=self.pre_quantized)
         if self.pre_quantized and self.checkpoint_keys:
             _require(sorted(_stored_names(model) - self.checkpoint_keys))
         compat.store_config(model, self.quantization_config)
@@ -150,6 +152,8 @@ class LowbitDiffusersQuantizer(compat.DiffusersQuantizer):
             attach_state(model, QuantizationState(self.quantization_config, source=self.source))
             if keeps_adapter(self.quantization_config):
                 load_compensation(model, self.source)
+        elif self.recipe is not None and self._calibrates:
+            calibrate_loaded(model, self.quantization_config, self.recipe)
         else:
             self._refuse_withheld(model)
             finish_quantization(
@@ -177,7 +181,7 @@ class LowbitDiffusersQuantizer(compat.DiffusersQuantizer):
 
     def adjust_target_dtype(self, torch_dtype: Any) -> Any:
         """Width of a packed weight, for device_map="auto"; stored codes are counted as they are."""
-        if self.pre_quantized:
+        if self.pre_quantized or self._calibrates:
             return torch_dtype
         return CustomDtype.INT4 if self.quantization_config.layer_spec("").weight.bits <= 4 else torch.int8
 

@@ -37,7 +37,7 @@ def load_quantized(source: str | Path, config: LowbitConfig | None = None, compo
     Raises:
         ConfigError: the folder is neither a transformers nor a diffusers model, or lacks a named component.
     """
-    if read_json(source, "model_index.json") is not None:
+    if is_pipeline(source):
         return _load_pipeline(source, config, components)
     if components:
         raise ConfigError(f"{source} is not a pipeline: it has no components {', '.join(components)}")
@@ -67,6 +67,22 @@ def pipeline_components(pipeline: Any, components: list[str] | None = None) -> l
         raise ConfigError(f"a module, pipeline, folder or repository is needed, not a {type(pipeline).__name__}")
     models = [name for name, part in parts.items() if isinstance(part, nn.Module)]
     return _choose(models, components)
+
+
+def is_pipeline(source: str | Path) -> bool:
+    """True for a folder or repository of a diffusers pipeline."""
+    return read_json(source, "model_index.json") is not None
+
+
+def stored_components(source: str | Path, components: list[str] | None = None) -> list[str]:
+    """:func:`pipeline_components` of a folder or repository, by its index: no weight is read.
+
+    Raises:
+        ConfigError: it lacks such a part.
+    """
+    index = read_json(source, "model_index.json") or {}
+    parts = {name: entry for name, entry in index.items() if isinstance(entry, list)}
+    return _choose([name for name, entry in parts.items() if entry[0] in ("diffusers", "transformers")], components)
 
 
 def model_facts(model: nn.Module, shared: tuple[frozenset[str], ...]) -> ModelFacts:
@@ -118,10 +134,7 @@ def _load_pipeline(source: str | Path, config: LowbitConfig | None, components: 
     dtype = stored_dtype(source)  # one for all parts: transformers' and diffusers' own defaults differ
     if config is None:
         return DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype)
-    index = read_json(source, "model_index.json") or {}
-    parts = {name: entry for name, entry in index.items() if isinstance(entry, list)}
-    models = [name for name, entry in parts.items() if entry[0] in ("diffusers", "transformers")]
-    chosen = _choose(models, components)
+    chosen = stored_components(source, components)
     mapping = PipelineQuantizationConfig(quant_mapping=dict.fromkeys(chosen, config))
     pipeline = DiffusionPipeline.from_pretrained(str(source), quantization_config=mapping, torch_dtype=dtype)
     unquantized = [name for name in chosen if state_of(getattr(pipeline, name, None)) is None]

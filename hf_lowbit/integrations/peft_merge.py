@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.method import method_of
-from hf_lowbit.nn import PackedModule
+from hf_lowbit.nn import PackedLinear, PackedModule
 from hf_lowbit.state import config_of
 from hf_lowbit.tensorwise import Outcome, quantize_parameter
 
@@ -40,7 +40,18 @@ def requantize(packed: PackedModule, weight: Tensor) -> None:
         )
     parameters = {key: getattr(packed, key) for key in packed.companion_shapes("weight")}
     recipe = method_of(config).make_recipe(config)
+    _merge_into_constant(packed, weight)
     quantize_parameter(packed, "weight", weight, recipe, "merged adapter", Outcome())
     for key, parameter in parameters.items():  # the same parameter objects: tied modules follow
         parameter.data = getattr(packed, key).data
         setattr(packed, key, parameter)
+
+
+def _merge_into_constant(packed: PackedModule, weight: Tensor) -> None:
+    """The stored product of a constant token follows the weight: what the merge adds, it adds to the product too."""
+    if not packed.layer_spec.constant_token:
+        return
+    assert isinstance(packed, PackedLinear)
+    token, product = (stored.view(torch.float32) for stored in packed.constant_token())
+    change = packed.arranged(weight.float() - packed.dequantized())
+    packed.set_constant_token(token, product + change @ token)

@@ -32,7 +32,7 @@ logger = logging.getLogger("hf_lowbit")
 
 _COMPANIONS = (
     "", "_scale", "_scale_range", "_zero_point", "_zero_point_range", "_table", "_low_rank_a", "_low_rank_a_scale",
-    "_low_rank_b", "_low_rank_b_scale", "_input_scale"
+    "_low_rank_b", "_low_rank_b_scale", "_input_scale", "_input_shift",
 )  # fmt: skip
 
 

@@ -48,11 +48,6 @@ def round_power(weight: Tensor, spec: WeightSpec, norm: float = 2.0) -> PackedTe
     return round_to_nearest(weight, spec)
 
 
-def round_completely(weight: Tensor, spec: WeightSpec) -> PackedTensor:
-    """Round to nearest; an exponent that the spec leaves open is searched first. Arguments and errors as there."""
-    return round_power(weight, spec) if spec.is_open else round_to_nearest(weight, spec)
-
-
 def search_exponent(weight: Tensor, spec: WeightSpec, norm: float = 2.0) -> float:
     """The exponent whose power table loses least of a weight.
 

@@ -213,7 +213,7 @@ def test_inputs_are_quantized_as_the_packed_layer_will() -> None:
             assert spec is not None
 
             def as_packed(m: nn.Module, args: Any, spec: Any = spec) -> Any:
-                codes, scale = quantize_tokens(args[0].reshape(-1, args[0].shape[-1]), spec)
+                codes, scale, _ = quantize_tokens(args[0].reshape(-1, args[0].shape[-1]), spec)
                 return ((codes.float() * scale).reshape(args[0].shape),)
 
             layer.register_forward_pre_hook(as_packed)

@@ -118,11 +118,15 @@ MODELS: dict[str, Callable[[], ModelMixin]] = {
 }
 
 
+def inputs_of(architecture: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Fixed inputs of an architecture, two samples."""
+    return {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in _INPUTS[architecture].items()
+    }
+
+
 @torch.no_grad()
 def run(model: ModelMixin, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The model's output for fixed inputs of its architecture."""
-    inputs = {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in _INPUTS[type(model).__name__].items()
-    }
-    return model(**inputs, return_dict=False)[0]
+    return model(**inputs_of(type(model).__name__, dtype), return_dict=False)[0]

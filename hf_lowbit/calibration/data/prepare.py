@@ -16,6 +16,7 @@ from hf_lowbit.calibration.data.datasets import from_dataset, from_name, is_data
 from hf_lowbit.calibration.data.files import TEXT_SUFFIXES, read_texts
 from hf_lowbit.calibration.data.generated import from_model
 from hf_lowbit.calibration.data.ready import from_batches
+from hf_lowbit.calibration.data.recorded import RecordedBatches
 from hf_lowbit.calibration.data.request import Request
 from hf_lowbit.calibration.data.result import CalibrationData, DataError
 from hf_lowbit.calibration.data.text import check_texts, from_texts
@@ -49,7 +50,8 @@ def prepare_data(
     Args:
         data: a file or the id of a dataset (`read_texts`, `from_name`), "self" (`from_model`), a list of strings
             (`from_texts`), token ids (`from_ids`, `from_rows`), a `datasets.Dataset` (`from_dataset`), a DataLoader or
-            an iterable of dicts of tensors (`from_batches`), a list of recordings (`from_recordings`).
+            an iterable of dicts of tensors (`from_batches`), a list of recordings (`from_recordings`), or what a
+            pipeline recorded, which is taken whole.
         model: a language or speech model of transformers; its vocabulary and positions are compared, and it is run
             for "self" and for recordings without text.
         tokenizer_source: returns the tokenizer or processor; called only if the data needs it.
@@ -58,6 +60,8 @@ def prepare_data(
     Raises:
         DataError: data that cannot be used; the message says what to change.
     """
+    if isinstance(data, RecordedBatches):
+        return data.to_data()
     request = Request(model, tokenizer_source, num_samples, sequence_length, seed, batch_size)
     if isinstance(data, str | os.PathLike):
         return _from_string(os.fspath(data), request)

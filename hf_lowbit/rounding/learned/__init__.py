@@ -3,6 +3,7 @@
 from hf_lowbit.rounding.learned.adaptive import AdaptiveRounding
 from hf_lowbit.rounding.learned.base import LearnedWeight
 from hf_lowbit.rounding.learned.clipping import LearnedClipping, MovingClipping
+from hf_lowbit.rounding.learned.rebased import RebasedRounding
 from hf_lowbit.rounding.learned.sign import SignRounding
 from hf_lowbit.rounding.learned.whole_space import WholeSpaceRounding
 
@@ -11,6 +12,7 @@ __all__ = [
     "LearnedClipping",
     "LearnedWeight",
     "MovingClipping",
+    "RebasedRounding",
     "SignRounding",
     "WholeSpaceRounding",
 ]

@@ -26,12 +26,19 @@ class AdaptiveRounding(LearnedWeight):
 
     The grid is fixed; h starts at the weight itself, so that the first outputs are the float layer's but for weights
     beyond the grid, which stay at its end. Meant for Adam at 1e-3. Neighbours in any table serve as floor and ceil do
-    among integers [ours].
+    among integers [ours]: on a floating-point grid upper - lower is the step of the weight's binade, and lower / step
+    its floor (Chen et al., arXiv 2408.06995; a weight that is rounded up out of its binade is the next one's first).
+
+    Attributes:
+        lower, span: lower - z and upper - lower of each weight, float32 ``[n, groups, g]``.
+        below: index of lower among the levels, uint8.
+        logits: a; scale-aware, a in units of 1 / step.
     """
 
     lower: Tensor
     span: Tensor
     below: Tensor
+    step: Tensor | None
 
     def __init__(
         self,
@@ -41,6 +48,7 @@ class AdaptiveRounding(LearnedWeight):
         *,
         regularization: float = 0.01,
         learn_scale: bool = False,
+        scale_aware: bool = False,
     ) -> None:
         """Args:
             weight: ``[rows, columns]``.
@@ -48,6 +56,9 @@ class AdaptiveRounding(LearnedWeight):
             start: its grid is used; its codes are not.
             regularization: lambda, the factor of the penalty that drives h to 0 or 1.
             learn_scale: also learn a factor 2 sigmoid(v) of each dequantization scale (TesseraQ, arXiv 2410.19103).
+            scale_aware: learn a / step instead of a, step being the distance of the two levels (FP4DiT, arXiv
+                2503.15465): at the same rate weights between close levels move farther. Small steps need few iterations
+                then, and a rate that was tuned for a lets them saturate at once.
 
         Raises:
             RoundingError: as :class:`LearnedWeight`.
@@ -64,11 +75,14 @@ class AdaptiveRounding(LearnedWeight):
         self.register_buffer("lower", look_up(self.levels.values, below), persistent=False)
         self.lower -= self.base_zero_point.unsqueeze(-1)
         fraction = (where - below).clamp_(0, 1).masked_fill_(span == 0, 0.0)
-        self.logits = nn.Parameter(inverse_rectified_sigmoid(fraction))
+        step = (span * self.base_scale.unsqueeze(-1).abs()).masked_fill_(span == 0, 1.0) if scale_aware else None
+        self.register_buffer("step", step, persistent=False)
+        logits = inverse_rectified_sigmoid(fraction)
+        self.logits = nn.Parameter(logits if step is None else logits * step)
         self.scale_logits = nn.Parameter(torch.zeros_like(self.base_scale)) if learn_scale else None
 
     def forward(self) -> Tensor:
-        return self.ungrouped(interpolate(self.logits, self.lower, self.span, self._scale()))
+        return self.ungrouped(interpolate(self._a(), self.lower, self.span, self._scale()))
 
     def final(self) -> tuple[Tensor, Grid]:
         up = (self.logits >= 0) & (self.span > 0)
@@ -78,7 +92,7 @@ class AdaptiveRounding(LearnedWeight):
         beta = beta_at(progress)
         if beta is None or self.regularization == 0:
             return super().regularizer(progress)
-        return self.regularization * rounding_penalty(rectified_sigmoid(self.logits), beta)
+        return self.regularization * rounding_penalty(rectified_sigmoid(self._a()), beta)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = [{"params": [self.logits], "lr_scale": 1.0}]
@@ -94,10 +108,13 @@ class AdaptiveRounding(LearnedWeight):
             raise RoundingError(f"the share of hardened weights must lie within 0 and 1, not {fraction}")
         count = round(fraction * self.logits.numel())
         if count:
-            certainty = self.logits.abs().flatten()  # h is odd around 1/2 and grows with the logit
+            certainty = self._a().abs().flatten()  # h is odd around 1/2 and grows with the logit
             chosen = certainty.topk(count, sorted=False).indices
             flat = self.logits.view(-1)
             flat[chosen] = torch.where(flat[chosen] >= 0, torch.inf, -torch.inf)
+
+    def _a(self) -> Tensor:
+        return self.logits if self.step is None else self.logits / self.step
 
     def _scale(self) -> Tensor:
         if self.scale_logits is None:

@@ -51,7 +51,8 @@ class LearnedWeight(nn.Module, ABC):
         if start is not None and (start.spec != spec or (len(start.weight), start.columns) != tuple(weight.shape)):
             raise RoundingError(f"start must be this weight ({[*weight.shape]}) quantized with this spec ({spec.json})")
         if spec.is_open:
-            raise RoundingError("learned rounding starts from an exponent: search one first, or give exponent=")
+            what = "a split of exponent and mantissa" if spec.format == "fp" else "an exponent"
+            raise RoundingError(f"learned rounding starts from {what}: search one first, or give it")
         self.spec = spec
         self.shape = weight.shape
         exact = weight.detach().float()

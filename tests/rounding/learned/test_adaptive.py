@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from hf_lowbit.formats import WeightSpec, decode
+from hf_lowbit.formats.floating_point import floating_point
 from hf_lowbit.rounding import RoundingError, round_to_nearest
+from hf_lowbit.rounding.floating_point import round_floating_point
 from hf_lowbit.rounding.learned import AdaptiveRounding
 from hf_lowbit.rounding.learned.soft import rectified_sigmoid
 from tests.rounding.learned.toy import (
@@ -135,3 +137,66 @@ def test_codes_stay_within_the_bits() -> None:
 def test_a_share_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(RoundingError, match="share"):
         AdaptiveRounding(gaussian(4, 32), WeightSpec()).harden_(share)
+
+
+FLOATING = [WeightSpec(f"fp_{split}", 4, None) for split in ("e1m2", "e2m1", "e3m0")] + [WeightSpec("fp_e3m2", 6, 16)]
+every_floating = pytest.mark.parametrize("spec", FLOATING, ids=lambda spec: spec.format)
+
+
+# fp_diffusion, step 4
+@every_floating
+def test_on_a_floating_point_grid_the_neighbours_are_a_step_of_the_binade_apart(spec: WeightSpec) -> None:
+    split = floating_point(spec.format)
+    assert split is not None
+    weight = gaussian(8, 64)
+    packed = round_floating_point(weight, spec)
+    learned = AdaptiveRounding(weight, spec, packed)
+    scale = learned.base_scale.unsqueeze(-1)
+    x = learned.weight / scale
+    within = (x.abs() < split.limit) & (learned.span > 0)
+    bias = 2 ** (split.exponent_bits - 1) - 1
+    binade = torch.floor(torch.log2(x.abs()) + bias).clamp(min=1)
+    step = torch.exp2(binade - split.mantissa_bits - bias)
+    floor = torch.floor(x / step)
+    assert torch.equal((floor * step)[within], learned.lower[within])
+    assert torch.equal(step[within], learned.span[within])
+    h = rectified_sigmoid(learned.logits.detach())
+    assert torch.allclose(h[within], (x / step - floor)[within], atol=1e-4)
+    assert torch.allclose(learned().detach().reshape(x.shape)[within], learned.weight[within], atol=1e-5)
+    clip = split.limit * scale.expand_as(x)  # what lies beyond stays at its end
+    beyond = x.abs() > split.limit
+    assert beyond.any() and torch.equal(learned().detach().reshape(x.shape)[beyond].abs(), clip[beyond])
+
+
+@every_floating
+@pytest.mark.parametrize("scale_aware", [False, True])
+def test_floating_point_roundings_are_decided_and_better_than_nearest(spec: WeightSpec, scale_aware: bool) -> None:
+    weight, inputs = layer_weight(), correlated_inputs(256, 64, seed=1)
+    start = round_floating_point(weight, spec)
+    learned = AdaptiveRounding(weight, spec, start, scale_aware=scale_aware)
+    assert torch.allclose(learned.hard(), decode(start)), "before any step: the nearest"
+    train(learned, weight, inputs, steps=500, rate=4e-2 if not scale_aware else 5e-3)
+    up = learned.final()[0] - learned.below
+    assert up.min() == 0 and up.max() == 1
+    trained, nearest = output_error(weight, learned.hard(), inputs), output_error(weight, decode(start), inputs)
+    assert trained < 0.8 * nearest
+    h = rectified_sigmoid(learned._a().detach())[learned.span > 0]
+    assert ((h < 1e-2) | (h > 1 - 1e-2)).float().mean() > 0.99
+    assert torch.allclose(decode(learned.pack()), learned.hard())
+
+
+def test_scale_aware_logits_move_by_the_rate_over_the_step() -> None:
+    weight = gaussian(4, 32)
+    start = round_floating_point(weight, WeightSpec("fp_e3m0", 4))
+    learned = AdaptiveRounding(weight, start.spec, start, regularization=0.0, scale_aware=True)
+    plain = AdaptiveRounding(weight, start.spec, start, regularization=0.0)
+    assert torch.allclose(learned._a(), plain.logits, atol=1e-5)
+    before = learned._a().detach().clone()
+    optimizer = torch.optim.Adam(learned.parameters(), lr=1e-4)
+    learned().square().sum().backward()
+    optimizer.step()
+    moved, step = (learned._a().detach() - before).abs(), learned.step
+    assert step is not None
+    reached = learned.logits.grad.abs() > 1e-5  # type: ignore[union-attr]
+    assert torch.allclose((moved * step)[reached], torch.full_like(step, 1e-4)[reached], rtol=0.05)
+    assert reached.any() and step[reached].max() > 4 * step[reached].min()

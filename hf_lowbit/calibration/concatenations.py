@@ -1,0 +1,106 @@
+"""Layers whose input is a concatenation along channels, such as the skip connections of a U-Net.
+
+The parts may differ widely in range, and one scale for both erases the smaller one (Q-Diffusion, arXiv 2302.04304,
+section 3.3). No class per model: one forward shows which layers read what ``torch.cat`` returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from hf_lowbit.calibration.units import Batch, first_sample, without_cache
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
+_SAME_VALUES = (Tensor.contiguous, Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.clone)
+
+
+@torch.no_grad()
+def find_concatenations(model: nn.Module, batch: Batch) -> dict[str, tuple[int, ...]]:
+    """Channels of each part of the inputs of linear and convolution layers that read a concatenation.
+
+    Args:
+        model: float, in evaluation mode.
+        batch: keyword arguments of its forward; its first sample is run.
+
+    Returns:
+        Full layer name -> channels of the parts, at least two and in their order; of a concatenation within another
+        the inner parts. A layer that is called with different parts is left out.
+    """
+    found: dict[str, set[tuple[int, ...]]] = {}
+    with _Concatenations(), _reading(model, lambda name, parts: found.setdefault(name, set()).add(parts)):
+        model(**first_sample(without_cache(model, batch)))
+    return {name: parts for name, (parts, *others) in found.items() if not others and len(parts) > 1}
+
+
+class _Concatenations(TorchFunctionMode):
+    """Writes on tensors what they are concatenated of, and that a parameter had a part in them.
+
+    Without the latter the sines and cosines of a timestep, which differ in nothing, would be a concatenation too.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Let the function run, and look at what it returned."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if results and any(isinstance(x, nn.Parameter) or _is_learned(x) for x in tree_leaves((args, kwargs))):
+            for tensor in results:
+                tensor._lowbit_learned = True  # type: ignore[attr-defined]
+            if func in _CONCATENATE:
+                _remember(result, *_arguments(*args, **kwargs))
+            elif func in _SAME_VALUES:
+                result._lowbit_parts = getattr(args[0], "_lowbit_parts", None)
+        return result
+
+
+def _is_learned(value: Any) -> bool:
+    return isinstance(value, Tensor) and getattr(value, "_lowbit_learned", False)
+
+
+def _remember(result: Tensor, tensors: Any, dim: int) -> None:
+    dim %= result.dim()
+    sizes = [_parts(tensor, dim) for tensor in tensors if tensor.dim() == result.dim()]
+    result._lowbit_parts = dim, tuple(size for part in sizes for size in part if size)  # type: ignore[attr-defined]
+
+
+def _parts(x: Tensor, dim: int) -> tuple[int, ...]:
+    """Sizes along a dimension of the parts of a tensor: one where it is no concatenation along it."""
+    kept = getattr(x, "_lowbit_parts", None)
+    return kept[1] if kept is not None and kept[0] == dim else (x.shape[dim],)
+
+
+def _arguments(tensors: Any, dim: int = 0, axis: int | None = None, **out: Any) -> tuple[Any, int]:
+    return tensors, dim if axis is None else axis
+
+
+@contextmanager
+def _reading(model: nn.Module, found: Callable[[str, tuple[int, ...]], None]) -> Iterator[None]:
+    """Within it layers report the parts of their inputs."""
+
+    def hook(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        spatial = len(getattr(module, "kernel_size", ()))
+        found(name, _parts(x, x.dim() - 1 - spatial))
+
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: hook(name, module, args, kwargs), with_kwargs=True
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, _LAYERS)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
