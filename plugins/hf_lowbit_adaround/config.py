@@ -2,55 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hf_lowbit.config import ConfigError, LowbitConfig, MethodName
-
-_RATE = 1e-3  # the papers'
-_TRAVEL = 2.5  # rate times iterations, at least: a rounding is decided at logits of -+2.4
+from hf_lowbit.config import MethodName
+from hf_lowbit.config_adaptive import AdaptiveConfig
 
 
 @dataclass(kw_only=True, repr=False)
-class AdaRoundConfig(LowbitConfig):
-    """AdaRound (arXiv 2004.10568), a whole block at a time (BRECQ, arXiv 2102.05426): rows with zero points.
+class AdaRoundConfig(AdaptiveConfig):
+    """AdaRound, a whole block at a time: :class:`AdaptiveConfig` is all of it."""
 
-    Attributes:
-        iterations: training steps per block, each on one batch. The papers take 20,000; 0 rounds to nearest within the
-            searched ranges.
-        learning_rate: of the rounding logits, for Adam; None: the papers' 1e-3, and 2.5 / iterations in runs of fewer
-            than 2,500 steps, so that the logits can go as far as a decision needs [ours].
-        regularization: lambda, the weight of the penalty on undecided roundings beside the error of the block's output,
-            which is summed over channels.
-        search_clip: ranges with the least sum of |w - w_hat|^2.4, as in BRECQ's code; False: from the smallest weight
-            to the largest.
-    """
-
-    quant_method: ClassVar[MethodName] = MethodName("lowbit_adaround")  # type: ignore[misc]
-
-    symmetric: bool = False
-    iterations: int = 2500
-    learning_rate: float | None = None
-    regularization: float = 0.01
-    search_clip: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if type(self.iterations) is not int or self.iterations < 0:
-            raise ConfigError(f"AdaRoundConfig: iterations must be an integer of at least 0, not {self.iterations!r}")
-        if self.learning_rate is not None and not (_is_number(self.learning_rate) and self.learning_rate > 0):
-            raise ConfigError(f"AdaRoundConfig: learning_rate must be a number above 0, not {self.learning_rate!r}")
-        if not (_is_number(self.regularization) and self.regularization >= 0):
-            raise ConfigError(f"AdaRoundConfig: regularization must be a number from 0 up, not {self.regularization!r}")
-        if type(self.search_clip) is not bool:
-            raise ConfigError(f"AdaRoundConfig: search_clip must be True or False, not {self.search_clip!r}")
-
-    @property
-    def rate(self) -> float:
-        """The learning rate, the usual one where none is given."""
-        return max(_RATE, _TRAVEL / max(1, self.iterations)) if self.learning_rate is None else self.learning_rate
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    quant_method: ClassVar[MethodName] = MethodName("lowbit_adaround")  # type: ignore[misc,assignment]

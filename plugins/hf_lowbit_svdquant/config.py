@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from hf_lowbit.config import ConfigError, LowbitConfig, LowRankConfig, MethodName
 from hf_lowbit.formats.spec import GroupSize
+from hf_lowbit.nn import LayerSpec
+from hf_lowbit.plan.denoiser_names import EMBEDDERS, MODULATION, OUTPUT
+from hf_lowbit.plan.patterns import check_patterns, first_match
 
 
 @dataclass(kw_only=True, repr=False)
@@ -17,6 +20,9 @@ class SVDQuantConfig(LowbitConfig):
     smoothing and rounding to nearest.
 
     Attributes:
+        inputs_to_not_convert: names or regular expressions of layers whose inputs stay as they are. By default those
+            of a denoiser that read the timestep's embedding, embed inputs, or make the output, as in the authors'
+            export [ours: their weights are coded, where the authors leave all but the modulation at 16 bits].
         smooth_steps: n of the exponents k / n that smoothing tries, two scales each; 1 leaves it out.
         iterations: at most, of branch and codes in turns; the first that does not help ends them. 1 is the paper's
             algorithm, 100 its code's.
@@ -31,6 +37,7 @@ class SVDQuantConfig(LowbitConfig):
     activation_bits: int | None = 4
     activation_group_size: int | None = 64
     low_rank: LowRankConfig | None = field(default_factory=LowRankConfig)
+    inputs_to_not_convert: list[str] = field(default_factory=lambda: [EMBEDDERS, MODULATION, OUTPUT])
     smooth_steps: int = 20
     iterations: int = 100
     gptq: bool = False
@@ -51,6 +58,16 @@ class SVDQuantConfig(LowbitConfig):
                 "SVDQuantConfig: activation_static must be False: SVDQuant's inputs have scales per token"
             )
         self._check_low_rank()
+        try:
+            self.inputs_to_not_convert = [*self.inputs_to_not_convert]
+            check_patterns(self.inputs_to_not_convert)
+        except (TypeError, ValueError) as problem:
+            raise ConfigError(f"SVDQuantConfig: inputs_to_not_convert: {problem}") from None
+
+    def layer_spec(self, name: str) -> LayerSpec:
+        """The specification of the module called ``name``, of full precision inputs where they are asked for."""
+        spec = super().layer_spec(name)
+        return spec if first_match(self.inputs_to_not_convert, name) is None else replace(spec, activation=None)
 
     def _check_low_rank(self) -> None:
         """The branch is the method's own: what compensation would do beside it is refused."""

@@ -15,10 +15,19 @@ from tests.matrix.models import MODELS, TinyModel, fingerprint
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that ask for ``method`` or ``tiny`` run for every registered method and every architecture."""
-    if "method" in metafunc.fixturenames:
-        metafunc.parametrize("method", hf_lowbit.methods().values(), ids=lambda method: method.name)
-    if "tiny" in metafunc.fixturenames:
+    """Tests that ask for ``method`` or ``tiny`` run for every registered method and every architecture.
+
+    Those that quantize without asking for an architecture take language models.
+    """
+    names, methods = metafunc.fixturenames, list(hf_lowbit.methods().values())
+    if "method" in names and "tiny" in names:
+        pairs = [(method, tiny) for method in methods for tiny in MODELS.values() if not is_refused(method, tiny)]
+        metafunc.parametrize(("method", "tiny"), pairs, ids=[f"{method.name}-{tiny.name}" for method, tiny in pairs])
+    elif "method" in names:
+        quantizes = "float_folder" in names or "artefact" in names
+        chosen = [method for method in methods if not (quantizes and is_refused(method, MODELS["llama"]))]
+        metafunc.parametrize("method", chosen, ids=lambda method: method.name)
+    elif "tiny" in names:
         metafunc.parametrize("tiny", MODELS.values(), ids=lambda tiny: tiny.name)
 
 
@@ -62,7 +71,7 @@ def data_of(tiny: TinyModel) -> list[dict[str, Any]]:
 def quantized(method: Any, tiny: TinyModel, folder: Path, dtype: torch.dtype = torch.bfloat16, **arguments: Any) -> Any:
     """A method's quantization of a checkpoint: on loading, or of the loaded model where that needs its data."""
     config = config_of(method, tiny)
-    if method.needs_data and tiny.auto == "UNet2DModel":  # diffusers refuses to calibrate while it loads
+    if method.needs_data and tiny.is_denoiser:  # diffusers refuses to calibrate while it loads
         return hf_lowbit.quantize(tiny.load(folder, dtype, **arguments), config)
     return tiny.load(folder, dtype, quantization_config=config, **arguments)
 
@@ -96,9 +105,27 @@ def artefact(
     return make
 
 
+_SLOWEST = ("unet", "mamba", "mamba2", "llama_tied")
+_DENOISERS = ("text_unet", "dit")
+
+
 def is_slow(method: Any, tiny: TinyModel) -> bool:
-    """The slowest architectures are for the full run only, for methods that calibrate; GPTQ stands for them."""
-    return method.needs_data and method.name != "gptq" and tiny.name in ("unet", "mamba", "mamba2", "llama_tied")
+    """What the default run leaves to the full one.
+
+    The slowest architectures, for methods that calibrate; GPTQ stands for them. Denoisers, but for it and round to
+    nearest; for methods of diffusion models alone all but a transformer of each sort, and where the text is treated
+    apart the U-Net that reads it.
+    """
+    if method.domains == ("diffusion",):
+        return tiny.name not in ("dit", "llama") and (method.name, tiny.name) != ("mixdq", "text_unet")
+    if tiny.name in _DENOISERS:
+        return method.name not in ("rtn", "gptq")
+    return method.needs_data and method.name != "gptq" and tiny.name in _SLOWEST
+
+
+def is_refused(method: Any, tiny: TinyModel) -> bool:
+    """Whether the method's defaults ask for what the model does not have: the plugin's own tests see it refused."""
+    return method.config_class().activation_timesteps and not tiny.is_denoiser
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

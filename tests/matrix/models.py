@@ -28,6 +28,13 @@ class TinyModel:
     inputs: Callable[[torch.dtype], dict[str, Any]]
     lora: tuple[str, ...]
 
+    @property
+    def is_denoiser(self) -> bool:
+        """Whether diffusers loads it."""
+        import diffusers
+
+        return hasattr(diffusers, self.auto)
+
     def create(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
         """Build and save the float checkpoint, in several shards."""
         torch.manual_seed(0)
@@ -62,6 +69,19 @@ def _speech(dtype: torch.dtype) -> dict[str, Any]:
 
 def _image(dtype: torch.dtype) -> dict[str, Any]:
     return {"sample": torch.linspace(-1, 1, 3 * 256).reshape(1, 3, 16, 16).to(dtype), "timestep": 3}
+
+
+def _text_image(dtype: torch.dtype) -> dict[str, Any]:
+    states = torch.linspace(-2, 2, 7 * 32).sin().reshape(1, 7, 32).to(dtype)
+    return {**_latent("sample", dtype), "encoder_hidden_states": states}
+
+
+def _class_image(dtype: torch.dtype) -> dict[str, Any]:
+    return {**_latent("hidden_states", dtype), "class_labels": torch.tensor([2])}
+
+
+def _latent(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    return {name: torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8).to(dtype), "timestep": torch.tensor([3])}
 
 
 def _llama(tied: bool) -> Any:
@@ -117,6 +137,23 @@ def _unet() -> Any:
     return UNet2DModel(sample_size=16, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8, **blocks)
 
 
+def _text_unet() -> Any:
+    from diffusers import UNet2DConditionModel
+
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    sizes = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (32, 64), "norm_num_groups": 8}
+    return UNet2DConditionModel(
+        **sizes, down_block_types=down, up_block_types=up, cross_attention_dim=32, attention_head_dim=8
+    )
+
+
+def _dit() -> Any:
+    from diffusers import DiTTransformer2DModel
+
+    sizes = {"sample_size": 8, "patch_size": 2, "attention_head_dim": 16, "num_attention_heads": 2, "num_layers": 2}
+    return DiTTransformer2DModel(**sizes, in_channels=4, out_channels=8, num_embeds_ada_norm=10)
+
+
 MODELS = {
     model.name: model
     for model in (
@@ -128,6 +165,8 @@ MODELS = {
         TinyModel("mamba2", _mamba2, "AutoModelForCausalLM", _tokens, ("in_proj",)),
         TinyModel("whisper", _whisper, "AutoModelForSpeechSeq2Seq", _speech, ("q_proj", "fc1")),
         TinyModel("unet", _unet, "UNet2DModel", _image, ("to_q", "conv1")),
+        TinyModel("text_unet", _text_unet, "UNet2DConditionModel", _text_image, ("to_k", "conv1")),
+        TinyModel("dit", _dit, "DiTTransformer2DModel", _class_image, ("to_q", "ff.net.2")),
     )
 }
 

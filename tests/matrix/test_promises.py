@@ -48,7 +48,9 @@ def test_the_reference_backend_agrees(method: Any, tiny: TinyModel, artefact: Ma
     for module in packed_modules(reference).values():
         module.backend = "reference"
     expected = tiny.run(reference).double()
-    assert (tiny.run(native).double() - expected).norm() < 1e-4 * expected.norm()
+    reads_codes = any(module.layer_spec.activation is not None for module in packed_modules(native).values())
+    limit = 2e-3 if reads_codes else 1e-4  # an input that lies halfway goes up here and down there
+    assert (tiny.run(native).double() - expected).norm() < limit * expected.norm()
 
 
 def test_a_reload_saves_the_same_again(method: Any, tiny: TinyModel, artefact: Make, tmp_path: Path) -> None:

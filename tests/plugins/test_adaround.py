@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hf_lowbit
-import hf_lowbit_adaround.recipe
+import hf_lowbit.calibration.adaptive
 from hf_lowbit import AdaRoundConfig
 from hf_lowbit.calibration.block import Block
 from hf_lowbit.calibration.reconstruct import output_channels, reconstruct
@@ -52,7 +52,7 @@ def test_training_starts_at_the_float_block_and_ends_below_nearest(monkeypatch: 
         assert training.optimizer == "adam" and not training.keep_best
         return losses[-1]
 
-    monkeypatch.setattr(hf_lowbit_adaround.recipe, "reconstruct", spy)
+    monkeypatch.setattr(hf_lowbit.calibration.adaptive, "reconstruct", spy)
     quantized(outlier_llama(), AdaRoundConfig(search_clip=False, **W3))
     first, last, nearest = losses[0]
     assert first < 0.1 * nearest and last < 0.1 * nearest
@@ -74,7 +74,7 @@ def test_codes_are_neighbours_of_the_weight_and_decided(monkeypatch: pytest.Monk
             undecided.append(((h > 0.05) & (h < 0.95)).float().mean().item())
         return result
 
-    monkeypatch.setattr(hf_lowbit_adaround.recipe, "reconstruct", spy)
+    monkeypatch.setattr(hf_lowbit.calibration.adaptive, "reconstruct", spy)
     quantized(outlier_llama(), AdaRoundConfig(bits=4, iterations=100, learning_rate=0.15))
     assert all(0.02 < share < 0.6 for share in moved)
     assert max(undecided) < 0.25, "of a hundred steps"
@@ -125,7 +125,7 @@ def test_the_penalty_is_weighed_beside_an_error_summed_over_channels(monkeypatch
         strengths.update(weight.regularization for weight in learned.values())
         return reconstruct(block, learned, training)
 
-    monkeypatch.setattr(hf_lowbit_adaround.recipe, "reconstruct", spy)
+    monkeypatch.setattr(hf_lowbit.calibration.adaptive, "reconstruct", spy)
     quantized(outlier_llama(), AdaRoundConfig(bits=4, iterations=1))
     assert strengths == {0.01 / 64}
     seen = []

@@ -21,6 +21,7 @@ from hf_lowbit.kernels.activation import quantize_tokens, restore_tokens
 from hf_lowbit.nn import Scaling
 from hf_lowbit.plan import packed_modules
 from hf_lowbit.rounding.feedback import CholeskyError
+from tests.matrix.conftest import data_of
 from tests.matrix.models import MODELS, fingerprint
 from tests.plugins.outliers import logit_error, one_token, outlier_llama, quantized, tiny_moe
 
@@ -175,6 +176,8 @@ def test_a_hessian_that_cannot_be_factorised_is_rounded_to_nearest_and_noted(mon
         ({"gptq": 1}, "gptq must be True or False, not 1"),
         ({"share_branch": None}, "share_branch must be True or False, not None"),
         ({"activation_static": True, "activation_group_size": None}, "activation_static must be False"),
+        ({"inputs_to_not_convert": ["("]}, "inputs_to_not_convert: '\\(' is not a valid regular expression"),
+        ({"inputs_to_not_convert": None}, "inputs_to_not_convert: "),
         ({"low_rank": LowRankConfig(metric="full")}, "low_rank.metric must be 'identity', not 'full'"),
         ({"low_rank": LowRankConfig(keep="adapter")}, "low_rank.keep must be 'branch', not 'adapter'"),
         ({"low_rank": LowRankConfig(iterations=3)}, "low_rank.iterations must be 1, not 3"),
@@ -195,3 +198,16 @@ def test_config_round_trips() -> None:
     ):
         assert SVDQuantConfig.from_dict(one.to_dict()) == one
     assert SVDQuantConfig(activation_bits=None).activation_group_size is None
+
+
+def test_inputs_of_a_denoisers_embedders_modulations_and_output_stay_as_they_are() -> None:
+    tiny = MODELS["dit"]
+    names = ("pos_embed.proj", "transformer_blocks.0.norm1.linear", "proj_out_2", "transformer_blocks.0.attn1.to_q")
+    found = {}
+    for chosen in ({}, {"inputs_to_not_convert": [r".*to_q"]}):
+        torch.manual_seed(0)
+        own = config(rank=2, smooth_steps=1, iterations=1, num_samples=2, **chosen)
+        model = hf_lowbit.quantize(tiny.build().eval(), own, data=data_of(tiny))
+        layers = packed_modules(model)
+        found[len(chosen)] = [layers[name].layer_spec.activation is None for name in names]
+    assert found == {0: [True, True, True, False], 1: [False, False, False, True]}
