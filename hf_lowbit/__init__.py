@@ -23,6 +23,7 @@ _LAZY = {
     "Report": "hf_lowbit.reporting",
     "TuningConfig": "hf_lowbit.config",
     "add_elastic_connection": "hf_lowbit.integrations.elastic",
+    "compare": "hf_lowbit.evaluation.pictures",
     "dequantize": "hf_lowbit.quantization",
     "export_model": "hf_lowbit.export",
     "load": "hf_lowbit.plain",
@@ -34,6 +35,7 @@ _LAZY = {
     "report": "hf_lowbit.integrations.hub",
     "save": "hf_lowbit.plain",
     "search_bits": "hf_lowbit.search",
+    "search_pipeline": "hf_lowbit.search.pipeline",
 }
 
 register_all(engine="hf_lowbit.engine:calibrate_loaded")

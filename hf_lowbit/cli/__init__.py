@@ -4,6 +4,7 @@ Importing this package loads neither torch nor transformers; commands import wha
 """
 
 from hf_lowbit.cli import (
+    compare,
     dequantize,
     evaluate,
     export,
@@ -20,6 +21,7 @@ from hf_lowbit.cli.app import app
 
 __all__ = [
     "app",
+    "compare",
     "dequantize",
     "evaluate",
     "export",
@@ -42,6 +44,7 @@ _ORDER = (
     "search",
     "inspect",
     "evaluate",
+    "compare",
     "plot",
     "finetune",
     "dequantize",

@@ -28,6 +28,7 @@ _REQUEST_ERRORS = {
     "NotADirectoryError",
     "PermissionError",
     "PlanError",
+    "PromptError",
     "RepositoryNotFoundError",
     "RequestError",
     "ResumeError",

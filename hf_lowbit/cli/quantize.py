@@ -40,6 +40,29 @@ def quantize_command(
         ),
     ] = None,
     data: Annotated[str | None, DATA] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT|FILE",
+            help="Of a pipeline, instead of data: what is drawn to calibrate on. A prompt, or a .txt file with one in "
+            "each line; a class label where the pipeline draws classes. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps of these pictures.", min=1, show_default="the pipeline's")
+    ] = None,
+    timesteps: Annotated[
+        int | None,
+        typer.Option(help="How many of the steps are recorded, evenly spaced.", min=1, show_default="all, at most 25"),
+    ] = None,
+    call: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Another argument of the pipeline's call: --call guidance_scale=5 --call height=512. May be repeated.",
+        ),
+    ] = None,
     component: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Part of a pipeline to quantize; by default its denoiser. May be repeated."),
@@ -54,15 +77,20 @@ def quantize_command(
     started = time.monotonic()
     with work() as warnings:
         from hf_lowbit.cli.account import accounts
+        from hf_lowbit.cli.prompts import read_prompts
         from hf_lowbit.cli.run import quantize_to
-        from hf_lowbit.cli.settings import build_config
+        from hf_lowbit.cli.settings import build_config, parse_call
         from hf_lowbit.cli.sources import check_data, check_model
 
         options = {"bits": bits, "group_size": group_size, "format": number_format}
         config = build_config(method, config_file, options, assignments or [])
         check_model(model)
         check_data(data)
-        kept = quantize_to(model, config, output, data, component, restart)
+        drawing = {
+            "prompts": read_prompts(prompts) if prompts else None, "steps": steps, "timesteps": timesteps,
+            **parse_call(call or []),
+        }  # fmt: skip
+        kept = quantize_to(model, config, output, data, component, restart, drawing)
         result = accounts(output)
         seconds = time.monotonic() - started
     from hf_lowbit.cli.view import account_json, show_account

@@ -20,8 +20,12 @@ def quantize_to(
     data: str | None = None,
     components: list[str] | None = None,
     restart: bool = False,
+    drawing: dict[str, Any] | None = None,
 ) -> bool:
     """Quantize a folder or repository into ``output``.
+
+    Args:
+        drawing: prompts, steps and other arguments of a pipeline that draws its calibration data.
 
     Returns:
         True if ``output`` already held this result, which was kept.
@@ -35,7 +39,9 @@ def quantize_to(
     _quiet_pipeline(model)
     try:
         with progress("quantizing"):
-            quantize(model, config, data=data, output=output, resume=not restart, components=components)
+            quantize(
+                model, config, data=data, output=output, resume=not restart, components=components, **(drawing or {})
+            )
     except FileExistsError as error:
         raise FileExistsError(str(error).replace("pass resume=False", "add --restart")) from None
     return bool(before) and before == _report_files(output)

@@ -1,4 +1,4 @@
-"""``hf-lowbit search``: mixed precision within a budget of bits per weight."""
+"""``hf-lowbit search``: mixed precision within a budget of bits per weight, of a model or of a pipeline."""
 
 from __future__ import annotations
 
@@ -22,16 +22,27 @@ if TYPE_CHECKING:
 
 @command("search")
 def search_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a repository.", show_default=False)],
-    data: Annotated[str, DATA],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A folder or a repository: a model, or a diffusion pipeline.", show_default=False
+        ),
+    ],
     output: Annotated[
         Path,
         typer.Option(help="JSON file for the config; hf-lowbit quantize --config takes it.", show_default=False),
     ],
+    data: Annotated[str | None, DATA] = None,
     bits_per_weight: Annotated[
-        float, typer.Option(help="The most that may be stored for the quantized layers, scales included.")
-    ] = 3.25,
-    candidates: Annotated[str, typer.Option(help="Bits to choose from.")] = "2,3,4,8",
+        float | None,
+        typer.Option(
+            help="The most that may be stored for the quantized layers, scales included; of a pipeline, without them.",
+            show_default="3.25; 4 of a pipeline",
+        ),
+    ] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="Bits to choose from.", show_default="2,3,4,8; 2,4,8 of a pipeline")
+    ] = None,
     ranks: Annotated[
         str | None,
         typer.Option(
@@ -61,6 +72,42 @@ def search_command(
         ),
     ] = None,
     config_file: Annotated[Path | None, CONFIG_FILE] = None,
+    pipeline: Annotated[
+        bool, typer.Option("--pipeline", help="MODEL must be a pipeline; one is known as such without this.")
+    ] = False,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT|FILE",
+            help="Of a pipeline, instead of data: what is drawn. A prompt, or a .txt file with one in each line; a "
+            "class label where the pipeline draws classes. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of these pictures.", min=1)] = 25,
+    call: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Any other argument of the pipeline's call: --call guidance_scale=5."),
+    ] = None,
+    bits_per_input: Annotated[
+        float,
+        typer.Option(help="Of a pipeline: mean bits of inputs, full precision counted as 16; 0 for weights alone."),
+    ] = 8.0,
+    pictures: Annotated[int, typer.Option(help="Of a pipeline: so many prompts are drawn for each measurement.")] = 8,
+    objective: Annotated[
+        str, typer.Option(help="Of a pipeline: score (sums of SSIM and dB, as in the paper), or noise (summed power).")
+    ] = "score",
+    component: Annotated[
+        str | None, typer.Option(help="Part of a pipeline to search.", show_default="its denoiser")
+    ] = None,
+    measurements: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a pipeline: a JSON file of finished measurements, from which a killed search, or one of another "
+            "budget, goes on.",
+            show_default="beside the output",
+        ),
+    ] = None,
     fuse: Annotated[
         bool, typer.Option(help="The same bits for layers that kernels run as one: query, key and value; gate and up.")
     ] = True,
@@ -73,23 +120,49 @@ def search_command(
         from hf_lowbit.cli.sources import check_data, check_model
         from hf_lowbit.method import method_of
 
-        config = build_config(
-            method, config_file, {"group_size": group_size, "format": number_format}, assignments or []
-        )
-        bits = _parse_numbers("--candidates", candidates, "bits", "2,3,4,8")
-        chosen_ranks = None if ranks is None else _parse_numbers("--ranks", ranks, "ranks", "0,8,16,32")
         check_model(model)
-        _check_output(output)
-        check_data(data)
-        result = _search(model, config, data, bits_per_weight, bits, metric, fuse, chosen_ranks)
-        output.write_text(json.dumps(result.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        calibrates = method_of(config).make_recipe(result.config).calibrate is not None
+        fields = {"group_size": group_size, "format": number_format}
+        is_pipeline = _is_pipeline(model, pipeline)
+        if is_pipeline:
+            from hf_lowbit.cli.search_pipeline import search_to
+
+            _refuse("a pipeline", {"--data": data, "--ranks": ranks}, "it draws what it is measured on: give --prompts")
+            named = method or ("mixdq" if config_file is None else None)
+            config = build_config(named, config_file, fields, assignments or [])
+            _check_output(output)
+            settings = {
+                "steps": steps, "bits_per_weight": 4.0 if bits_per_weight is None else bits_per_weight,
+                "bits_per_input": bits_per_input or None, "pictures": pictures, "objective": objective,
+                "component": component,
+                "candidates": _parse_numbers("--candidates", candidates or "2,4,8", "bits", "2,4,8"),
+            }  # fmt: skip
+            kept = measurements or output.with_suffix(".measurements.json")
+            drawn = search_to(model, config, output, prompts or [], call or [], kept, settings)
+        else:
+            _refuse(
+                "no pipeline", {"--prompts": prompts, "--call": call, "--measurements": measurements}, "give --data"
+            )
+            _check_given(data)
+            config = build_config(method, config_file, fields, assignments or [])
+            bits = _parse_numbers("--candidates", candidates or "2,3,4,8", "bits", "2,3,4,8")
+            chosen_ranks = None if ranks is None else _parse_numbers("--ranks", ranks, "ranks", "0,8,16,32")
+            budget = 3.25 if bits_per_weight is None else bits_per_weight
+            _check_output(output)
+            check_data(data)
+            result = _search(model, config, str(data), budget, bits, metric, fuse, chosen_ranks)
+            output.write_text(json.dumps(result.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+            calibrates = method_of(config).make_recipe(result.config).calibrate is not None
         seconds = time.monotonic() - started
+    if is_pipeline:
+        from hf_lowbit.cli.search_pipeline import show
+
+        show(drawn, model, output, kept, seconds, json_output)
+        return
     if json_output:
         print_json({**result.to_dict(), "model": model, "output": str(output), "command_seconds": seconds})
         return
     screen().print(_table(result))
-    reached = f"{result.bits_per_weight:.4f} of at most {bits_per_weight:g}"
+    reached = f"{result.bits_per_weight:.4f} of at most {budget:g}"
     facts([("bits per weight", reached), ("metric", metric), ("total loss", f"{result.loss:.4g}")])
     screen().print(
         f"Written to {output} in {seconds:.1f} s; next: hf-lowbit quantize {model} --config {output} "
@@ -120,12 +193,36 @@ def _search(
     if metric not in METRICS:
         raise RequestError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
     loaded = load(model, "loading")
-    if not isinstance(loaded, nn.Module):
-        raise RequestError(f"{model} is a pipeline: search the bits of one of its models with hf_lowbit.search")
+    assert isinstance(loaded, nn.Module)
     try:
         return search(loaded, config, data, budget, bits, metric, fuse=fuse, ranks=ranks)
     except (AllocationError, SensitivityError) as error:
         raise RequestError(str(error)) from None
+
+
+def _is_pipeline(model: str, asked: bool) -> bool:
+    from hf_lowbit.cli.errors import RequestError
+    from hf_lowbit.integrations.loading import is_pipeline
+
+    found = is_pipeline(model)
+    if asked and not found:
+        raise RequestError(f"{model} is no pipeline: it has no model_index.json; leave --pipeline out")
+    return found
+
+
+def _check_given(data: str | None) -> None:
+    from hf_lowbit.cli.errors import RequestError
+
+    if data is None:
+        raise RequestError("a search needs calibration data: add --data FILE, DATASET or self")
+
+
+def _refuse(what: str, options: dict[str, Any], remedy: str) -> None:
+    from hf_lowbit.cli.errors import RequestError
+
+    for option, value in options.items():
+        if value is not None:
+            raise RequestError(f"{option} is not for what is {what}: {remedy}")
 
 
 def _parse_numbers(option: str, text: str, what: str, example: str) -> list[int]:

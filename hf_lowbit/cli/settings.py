@@ -83,6 +83,19 @@ def assign(values: dict[str, Any], assignment: str) -> None:
     values[last] = parse_value(text)
 
 
+def parse_call(assignments: list[str]) -> dict[str, Any]:
+    """``--call NAME=VALUE`` texts as arguments of a pipeline's call."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name.isidentifier():
+            raise RequestError(f"--call takes name=value, not {assignment!r}")
+        if name in ("prompts", "steps", "timesteps"):
+            raise RequestError(f"{name} has an option of its own: --{name}")
+        values[name] = parse_value(text)
+    return values
+
+
 def parse_value(text: str) -> Any:
     """JSON where it is JSON, Python's and JSON's words for true, false and nothing, else the text itself."""
     if text in _WORDS:

@@ -121,3 +121,48 @@ def test_a_low_rank_part_reads_data_and_is_counted(run: Run, run_json, llama: Pa
     values = run_json("quantize", llama, *options, "--data", text, "--output", tmp_path / "out")
     assert {layer["low_rank"] for layer in values["layers"]} == {4}
     assert run_json("inspect", tmp_path / "out")["packed_bytes"] == values["packed_bytes"]
+
+
+def test_a_pipeline_draws_its_own_data(run_json, tmp_path: Path) -> None:
+    """Class labels of a file and an option; other arguments of the call; provenance says what was drawn."""
+    from tests.integrations.tiny_pipelines import dit_pipeline
+
+    dit_pipeline().save_pretrained(tmp_path / "dit")
+    (tmp_path / "labels.txt").write_text("1\n2\n")
+    command = ("quantize", tmp_path / "dit", "--method", "gptq", "--bits", 4, "--group-size", 32)
+    drawing = ("--prompts", tmp_path / "labels.txt", "--prompts", 5, "--steps", 4, "--timesteps", 2)
+    output = ("--set", "num_samples=3", "--call", "guidance_scale=1", "--output", tmp_path / "out")
+    assert run_json(*command, *drawing, *output)["kept"] is False
+    stored = json.loads((tmp_path / "out/transformer/config.json").read_text())["quantization_config"]["provenance"]
+    assert stored["trajectories"] == {"prompts": 3, "pictures": 3, "steps": 4, "guidance_scale": 1}
+    assert len(stored["timesteps"]) == 2
+    assert run_json(*command, *drawing, *output)["kept"] is True
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "prompts=... and steps=..."),
+        (["--prompts", "none.txt"], "there is no file 'none.txt'"),
+        (["--prompts", "a bag", "--component", "unet"], "no component unet"),
+        (["--prompts", "a bag", "--steps", "0"], "--steps"),
+        (["--prompts", "a bag", "--steps", "2", "--timesteps", "3"], "timesteps=3 cannot be recorded of steps=2"),
+        (["--steps", "2"], "give prompts as well"),
+        (["--prompts", "a bag", "--call", "height"], "--call takes name=value"),
+        (["--prompts", "a bag", "--call", "steps=3"], "an option of its own: --steps"),
+        (["--prompts", "a bag", "--data", "self"], "two sources of calibration data"),
+        (["--prompts", "a bag"], "class labels, integers of at least 0, not 'a bag'"),
+    ],
+)
+def test_wrong_request_of_a_pipeline(run: Run, tmp_path: Path, options: list[str], message: str) -> None:
+    pipeline = Path(__file__).parents[1] / "assets/dit-fashion"
+    result = run("quantize", pipeline, "--method", "gptq", *options, "--output", tmp_path / "out")
+    assert result.exit_code == 2, result.stdout
+    words = " ".join(result.stderr.replace("│", " ").split())
+    assert message in words
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_are_for_pipelines(run: Run, llama: Path, tmp_path: Path) -> None:
+    result = run("quantize", llama, "--method", "gptq", "--prompts", "a bag", "--output", tmp_path / "out")
+    assert result.exit_code == 2 and "is no pipeline" in result.stderr

@@ -77,3 +77,51 @@ def test_ranks_share_the_budget(run: Run, llama: Path, text: Path, tmp_path: Pat
     found = json.loads(output.read_text())
     assert found["low_rank"]["metric"] == "full"
     assert {fields["low_rank"] for fields in found["overrides"].values()} <= {0, 2, 4}
+
+
+PIPELINE = Path(__file__).parents[1] / "assets" / "sd-fashion"
+
+
+def test_a_pipeline_is_searched_by_its_pictures(run: Run, run_json, tmp_path: Path) -> None:
+    output = tmp_path / "mixed.json"
+    few = (
+        "--set",
+        'modules_to_not_convert=["(?!(conv_out|time_embedding.*|up_blocks.1.*attentions.0.*attn2.to_k)$).*"]',
+    )
+    drawing = ("--prompts", "a photo of a bag", "--steps", 1, "--call", "height=32", "--call", "width=32")
+    budget = ("--candidates", "4,8", "--bits-per-weight", 8, "--bits-per-input", 16, "--pictures", 1)
+    found = run_json("search", "--pipeline", PIPELINE, *few, *drawing, *budget, "--output", output)
+    assert found["mean_bits"] == 8 and found["component"] == "unet"
+    assert json.loads(output.read_text()) == found["config"] and found["config"]["quant_method"] == "lowbit_mixdq"
+    kept = Path(found["measurements"])
+    assert kept == tmp_path / "mixed.measurements.json" and len(json.loads(kept.read_text())["measurements"]) > 5
+    again = run("search", PIPELINE, *few, *drawing, *budget, "--output", tmp_path / "b.json", "--measurements", kept)
+    assert again.exit_code == 0 and "measurements are taken from" in again.stderr
+    assert "bits per input" in again.stdout and "--prompts FILE" in again.stdout and "content" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "there is no prompt"),
+        (["--prompts", "a bag", "--data", "self"], "--data is not for what is a pipeline"),
+        (["--prompts", "a bag", "--bits-per-weight", "1"], "1 bits per weight cannot be reached"),
+        (["--prompts", "a bag", "--objective", "guess"], "unknown objective 'guess'"),
+        (["--prompts", "a bag", "--component", "decoder"], "no component decoder"),
+        (["--prompts", "nowhere.txt"], "there is no file 'nowhere.txt'"),
+    ],
+)
+def test_wrong_requests_of_a_pipeline(run: Run, tmp_path: Path, options: list[str], message: str) -> None:
+    result = run("search", PIPELINE, "--output", tmp_path / "a.json", *options)
+    assert result.exit_code == 2 and message in result.stderr and result.stdout == ""
+
+
+def test_what_is_for_pipelines_only(run: Run, llama: Path, text: Path, tmp_path: Path) -> None:
+    common = ("search", llama, "--method", "rtn", "--output", tmp_path / "a.json")
+    for options, message in (
+        (("--pipeline", "--data", text), "is no pipeline"),
+        (("--prompts", "a bag"), "--prompts is not for what is no pipeline: give --data"),
+        ((), "a search needs calibration data: add --data"),
+    ):
+        result = run(*common, *options)
+        assert result.exit_code == 2 and message in result.stderr
