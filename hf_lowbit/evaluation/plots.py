@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_lowbit.evaluation.figure import new_figure as _figure
 from hf_lowbit.evaluation.layer_errors import Panel
 from hf_lowbit.evaluation.points import METRICS, Point, SourceError
 
@@ -174,12 +175,3 @@ def _logarithmic(axes: Any) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high > 6 * low else MaxNLocator(8))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _figure(width: float, height: float) -> Any:
-    """An empty figure, in inches; no window belongs to it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError('plots are drawn by matplotlib: pip install "hf_lowbit[eval]"') from None
-    return Figure(figsize=(width, height), layout="constrained")
