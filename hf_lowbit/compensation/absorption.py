@@ -23,7 +23,7 @@ from hf_lowbit.formats import PackedTensor, WeightSpec, decode
 from hf_lowbit.kernels.activation import quantize_tokens, restore_tokens
 from hf_lowbit.nn import LayerSpec
 from hf_lowbit.nn.factors import decoded_factors, expand_low_rank
-from hf_lowbit.rounding.power import round_completely
+from hf_lowbit.rounding.completing import round_completely
 
 Solve = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # matrix, rank -> A, B
 _OVERSAMPLING, _POWERS = 10, 4  # of the sketch
