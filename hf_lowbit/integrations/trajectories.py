@@ -1,7 +1,7 @@
 """Calibration data of a pipeline: what its denoisers are called with while it draws pictures from noise.
 
 The pipeline runs as its user runs it, with its own scheduler and guidance; a hook on each denoiser records the
-arguments (Q-Diffusion, arXiv 2302.04303, section 3.1: samples of all timesteps). No class per pipeline.
+arguments (Q-Diffusion, arXiv 2302.04304: samples of all timesteps). No class per pipeline.
 """
 
 from __future__ import annotations
