@@ -15,7 +15,7 @@ from hf_lowbit.config import ConfigError
 
 _OURS = ("generator", "num_inference_steps", "output_type", "return_dict", "latents")
 _AT_ONCE = 8  # pictures: their noise is each one's own, so that this does not change what is drawn
-_MOST_TIMESTEPS = 25  # of Q-Diffusion (arXiv 2302.04303) for Stable Diffusion
+_MOST_TIMESTEPS = 25  # of Q-Diffusion (arXiv 2302.04304) for Stable Diffusion
 
 
 @dataclass(frozen=True)
