@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_lowbit.formats import PackedTensor
 from hf_lowbit.kernels import row_sums
+from hf_lowbit.nn.graphs import outside_graphs
 
 _Stamp = tuple[tuple[Tensor, int, int], ...]
 
@@ -22,7 +23,7 @@ class RowSums:
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], tuple[_Stamp, Tensor]] = {}
 
-    @torch.compiler.disable
+    @outside_graphs
     def of(self, name: str, packed: PackedTensor, groups: int) -> Tensor:
         """float32 ``[..., rows, groups]``."""
         stamp = _stamp(packed)

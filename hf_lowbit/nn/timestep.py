@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lowbit.nn.graphs import outside_graphs
+
 ARGUMENT = "timestep"  # of the models' forward
 
 
@@ -90,7 +92,7 @@ def at_timestep(values: Any) -> Iterator[None]:
         _current.reset(token)
 
 
-@torch.compiler.disable
+@outside_graphs
 def rows_now(timesteps: tuple[float, ...], size: int) -> int | Tensor:
     """:meth:`Timestep.rows` of the model that is running. Raises UnknownTimestepError where none is."""
     timestep = current_timestep()

@@ -22,7 +22,7 @@ Make = Callable[[Any, TinyModel], Artefact]
 
 
 def test_config_round_trips(method: Any) -> None:
-    config = method.config_class(bits=4, modules_to_not_convert=["lm_head"], overrides={"q_proj": {"bits": 3}})
+    config = method.config_class(bits=4, modules_to_not_convert=["lm_head"], overrides={"q_proj": {"bits": 4}})
     assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
