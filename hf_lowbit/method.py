@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hf_lowbit.config import LowbitConfig
+from hf_lowbit.config import ConfigError, LowbitConfig
 from hf_lowbit.formats import PackedTensor, WeightSpec
 
 if TYPE_CHECKING:
@@ -129,6 +129,21 @@ def methods() -> dict[str, Method]:
         if found.setdefault(method.name, method) != method:
             raise ValueError(f"two plugins provide the method {method.name!r}: {found[method.name]} and {method}")
     return found
+
+
+def config_of(config: LowbitConfig | str) -> LowbitConfig:
+    """A config as it is, or the default one of the method of this name.
+
+    Raises:
+        ConfigError: an unknown method, or neither.
+    """
+    if isinstance(config, LowbitConfig):
+        return config
+    if not isinstance(config, str):
+        raise ConfigError(f"config must be a method's config or its name, not {type(config).__name__}")
+    if config not in methods():
+        raise ConfigError(f"unknown method {config!r}; installed: {', '.join(methods())}")
+    return methods()[config].config_class()  # type: ignore[call-arg]  # quant_method is a class attribute here
 
 
 def method_of(config: LowbitConfig) -> Method:

@@ -27,7 +27,7 @@ from hf_lowbit.integrations.loading import (
 )
 from hf_lowbit.integrations.prompts import Prompts
 from hf_lowbit.integrations.trajectories import record_trajectories
-from hf_lowbit.method import Recipe, method_of, methods
+from hf_lowbit.method import Recipe, config_of, method_of
 from hf_lowbit.nn import PackedModule
 from hf_lowbit.output import prepare_output, resume_folder, save_complete
 from hf_lowbit.plan import build_plan, install, packed_modules, replace_modules
@@ -141,13 +141,7 @@ def _asked(
 
 
 def _resolve_config(config: LowbitConfig | str, data: Any, asked: Prompts | None) -> LowbitConfig:
-    if isinstance(config, str):
-        if config not in methods():
-            raise ConfigError(f"unknown method {config!r}; installed: {', '.join(methods())}")
-        config = methods()[config].config_class()  # type: ignore[call-arg]  # quant_method is a class attribute here
-    elif not isinstance(config, LowbitConfig):
-        raise ConfigError(f"config must be a method's config or its name, not {type(config).__name__}")
-    resolved = config.copy_with_data(data, drawn=asked is not None)
+    resolved = config_of(config).copy_with_data(data, drawn=asked is not None)
     if asked is not None and resolved.dataset is not None:
         raise ConfigError("data (the config's dataset) and prompts are two sources of calibration data: give one")
     check_has_data(method_of(resolved), resolved, drawn=asked is not None)

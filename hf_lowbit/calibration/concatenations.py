@@ -1,13 +1,12 @@
 """Layers whose input is a concatenation along channels, such as the skip connections of a U-Net.
 
-The parts may differ widely in range, and one scale for both erases the smaller one (Q-Diffusion, arXiv 2302.04304,
-section 3.3). No class per model: one forward shows which layers read what ``torch.cat`` returned.
+The parts may differ widely in range, and one scale for both erases the smaller one (Q-Diffusion, arXiv 2302.04304).
+No class per model: one forward shows which layers read what ``torch.cat`` returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from hf_lowbit.calibration.listening import layers_of_kind, told_inputs
 from hf_lowbit.calibration.units import Batch, first_sample, without_cache
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
 _SAME_VALUES = (Tensor.contiguous, Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.clone)
 
@@ -35,7 +34,12 @@ def find_concatenations(model: nn.Module, batch: Batch) -> dict[str, tuple[int, 
         the inner parts. A layer that is called with different parts is left out.
     """
     found: dict[str, set[tuple[int, ...]]] = {}
-    with _Concatenations(), _reading(model, lambda name, parts: found.setdefault(name, set()).add(parts)):
+
+    def keep(name: str, module: nn.Module, x: Tensor) -> None:
+        spatial = len(getattr(module, "kernel_size", ()))
+        found.setdefault(name, set()).add(_parts(x, x.dim() - 1 - spatial))
+
+    with _Concatenations(), told_inputs(layers_of_kind(model), keep):
         model(**first_sample(without_cache(model, batch)))
     return {name: parts for name, (parts, *others) in found.items() if not others and len(parts) > 1}
 
@@ -81,26 +85,3 @@ def _parts(x: Tensor, dim: int) -> tuple[int, ...]:
 
 def _arguments(tensors: Any, dim: int = 0, axis: int | None = None, **out: Any) -> tuple[Any, int]:
     return tensors, dim if axis is None else axis
-
-
-@contextmanager
-def _reading(model: nn.Module, found: Callable[[str, tuple[int, ...]], None]) -> Iterator[None]:
-    """Within it layers report the parts of their inputs."""
-
-    def hook(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        spatial = len(getattr(module, "kernel_size", ()))
-        found(name, _parts(x, x.dim() - 1 - spatial))
-
-    handles = [
-        module.register_forward_pre_hook(
-            lambda module, args, kwargs, name=name: hook(name, module, args, kwargs), with_kwargs=True
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, _LAYERS)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

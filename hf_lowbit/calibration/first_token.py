@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lowbit.calibration.listening import layers_of_kind, told_inputs
 from hf_lowbit.calibration.units import Batch, first_sample, without_cache
 from hf_lowbit.nn.constant_token import same_token
 
@@ -29,21 +30,12 @@ def find_text_layers(model: nn.Module, batch: Batch) -> list[str]:
         return []
     found: dict[str, None] = {}
 
-    def hook(name: str, args: Any, kwargs: Any) -> None:
-        x = args[0] if args else next(iter(kwargs.values()), None)
+    def keep(name: str, module: nn.Module, x: Any) -> None:
         if isinstance(x, Tensor) and x.shape == text.shape and x.data_ptr() == text.data_ptr():
             found[name] = None
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, kwargs, name=name: hook(name, args, kwargs), with_kwargs=True)
-        for name, module in layers.items()
-    ]
-    try:
+    with told_inputs(layers_of_kind(model, (nn.Linear,)), keep):
         model(**sample)
-    finally:
-        for handle in handles:
-            handle.remove()
     return list(found)
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_lowbit.calibration.listening import layers_of_kind, told_inputs
 from hf_lowbit.calibration.units import Batch, first_sample, without_cache
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _SAMPLES = ("sample", "hidden_states")  # diffusers' names of what is denoised
 
 
@@ -61,27 +58,11 @@ def find_roles(model: nn.Module, batch: Batch) -> Roles:
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
     """Layer -> sums that tell what it reads in its first call from anything else, in the order of the calls."""
     found: dict[str, tuple[float, float]] = {}
-    with _listening(model, found):
+
+    def keep(name: str, module: nn.Module, x: Tensor) -> None:
+        if name not in found:
+            found[name] = float(x.double().sum()), float(x.double().square().sum())
+
+    with told_inputs(layers_of_kind(model, (nn.Linear, nn.Conv1d, nn.Conv2d)), keep):
         model(**batch)
     return found
-
-
-@contextmanager
-def _listening(model: nn.Module, found: dict[str, tuple[float, float]]) -> Iterator[None]:
-    def keep(name: str, args: Any, kwargs: Any) -> None:
-        if name not in found:
-            x = (args[0] if args else next(iter(kwargs.values()))).double()
-            found[name] = float(x.sum()), float(x.square().sum())
-
-    handles = [
-        module.register_forward_pre_hook(
-            lambda module, args, kwargs, name=name: keep(name, args, kwargs), with_kwargs=True
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, _LAYERS)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

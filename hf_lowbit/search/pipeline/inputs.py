@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_lowbit.calibration.listening import told_inputs
 from hf_lowbit.calibration.units import Batch, without_cache
 
 READS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -83,7 +83,7 @@ def input_ranges(
             ranges[name] = InputRange(parts.get(name, (moved.shape[-1],)), name in constant and moved.dim() == 3)
         ranges[name].update(moved)
 
-    with _listening(model, names, note):
+    with told_inputs(_layers(model, names), note):
         for batch in batches:
             model(**without_cache(model, batch))
     return ranges
@@ -101,35 +101,13 @@ def quantized_inputs(
             return None
         return _channels_first(module, known.rounded(_channels_last(module, x), width))
 
-    with _listening(model, bits, rounded):
+    with told_inputs(_layers(model, bits), rounded):
         yield
 
 
-@contextmanager
-def _listening(model: nn.Module, names: Collection[str], note: Any) -> Iterator[None]:
-    """Layers tell ``note`` their inputs, and read what it returns unless that is None."""
-
-    def hook(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if args:
-            changed = note(name, module, args[0])
-            return None if changed is None else ((changed, *args[1:]), kwargs)
-        key = next(iter(kwargs))
-        changed = note(name, module, kwargs[key])
-        return None if changed is None else (args, {**kwargs, key: changed})
-
+def _layers(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
     modules = {name: model.get_submodule(name) for name in names}
-    handles = [
-        module.register_forward_pre_hook(
-            lambda module, args, kwargs, name=name: hook(name, module, args, kwargs), with_kwargs=True
-        )
-        for name, module in modules.items()
-        if isinstance(module, READS)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return {name: module for name, module in modules.items() if isinstance(module, READS)}
 
 
 def _channels_last(module: nn.Module, x: Tensor) -> Tensor:

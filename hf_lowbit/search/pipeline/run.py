@@ -18,7 +18,7 @@ from hf_lowbit.config import ConfigError, LowbitConfig
 from hf_lowbit.evaluation.pictures.drawing import draw_pictures
 from hf_lowbit.integrations.loading import pipeline_components
 from hf_lowbit.integrations.trajectories import quiet
-from hf_lowbit.method import methods
+from hf_lowbit.method import config_of
 from hf_lowbit.plan.patterns import first_match
 from hf_lowbit.search.pipeline.choice import choose_inputs, choose_weights
 from hf_lowbit.search.pipeline.inputs import input_ranges
@@ -99,7 +99,7 @@ def search_pipeline(
         steps, bits_per_weight, bits_per_input, tuple(candidates), tuple(input_candidates), objective, protect,
         pictures, samples, scan, seed,
     )  # fmt: skip
-    config = _config(config)
+    config = config_of(config)
     name, model = _denoiser(pipeline, component)
     if isinstance(prompts, str) or not prompts:
         raise ConfigError('a search over a pipeline draws pictures: pass prompts=["a photo of a bag", ...]')
@@ -131,16 +131,6 @@ def search_pipeline(
     result = PipelineSearchResult(chosen, name, bits_per_weight, layers, [*tried, *tried_inputs], recorded.notes)
     logger.info("%.4f bits per weight, %.4f per input", result.mean_bits, result.mean_input_bits)
     return result
-
-
-def _config(config: LowbitConfig | str) -> LowbitConfig:
-    if isinstance(config, str):
-        if config not in methods():
-            raise ConfigError(f"unknown method {config!r}; installed: {', '.join(methods())}")
-        return methods()[config].config_class()  # type: ignore[call-arg]  # quant_method is a class attribute here
-    if not isinstance(config, LowbitConfig):
-        raise ConfigError(f"config must be a method's config or its name, not {type(config).__name__}")
-    return config
 
 
 def _denoiser(pipeline: Any, component: str | None) -> tuple[str, nn.Module]:
