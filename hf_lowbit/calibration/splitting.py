@@ -1,7 +1,7 @@
 """Layers that read a concatenation get scales of their own for each part of it, of weights and of inputs.
 
 The halves that a U-Net's skip connection joins differ widely in range, and one scale for both erases the smaller one
-(Q-Diffusion, arXiv 2302.04304, section 3.3). The parts are groups here: as wide as divides all of them.
+(Q-Diffusion, arXiv 2302.04304). The parts are groups here: as wide as divides all of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layers that decide what a picture shows, and layers that decide how well it is drawn (MixDQ, section 3.3)."""
+"""Layers that decide what a picture shows, and layers that decide how well it is drawn (MixDQ, arXiv 2405.17873)."""
 
 from __future__ import annotations
 
