@@ -3,16 +3,21 @@
 from hf_lowbit.kernels.activation import Codes, quantize_tokens, restore_tokens
 from hf_lowbit.kernels.decoding import decode_matrix, look_up_rows
 from hf_lowbit.kernels.linear import packed_linear, packed_linears
+from hf_lowbit.kernels.operand import Operand, quantize_codes
 from hf_lowbit.kernels.products import convolution_of_codes
 from hf_lowbit.kernels.routes import BACKENDS, NATIVE_TOKENS, kernel_of, why_not
 from hf_lowbit.kernels.shifted import row_sums
 from hf_lowbit.kernels.sliced import arithmetic, multiplies_integers, sliced_linear
+from hf_lowbit.kernels.state_space import Scanned, causal_convolution, selective_scan
 
 __all__ = [
     "BACKENDS",
     "NATIVE_TOKENS",
     "Codes",
+    "Operand",
+    "Scanned",
     "arithmetic",
+    "causal_convolution",
     "convolution_of_codes",
     "decode_matrix",
     "kernel_of",
@@ -20,9 +25,11 @@ __all__ = [
     "multiplies_integers",
     "packed_linear",
     "packed_linears",
+    "quantize_codes",
     "quantize_tokens",
     "restore_tokens",
     "row_sums",
+    "selective_scan",
     "sliced_linear",
     "why_not",
 ]

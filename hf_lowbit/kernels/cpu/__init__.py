@@ -17,11 +17,14 @@ from hf_lowbit.kernels.cpu.products import (
     multiplies_in_registers,
     multiplies_int8,
 )
+from hf_lowbit.kernels.cpu.state_space import VALUE_TYPES, causal_convolution, selective_scan
 
 __all__ = [
     "FLOAT_TYPES",
+    "VALUE_TYPES",
     "Matrix",
     "available",
+    "causal_convolution",
     "decode_rows",
     "describe",
     "has_matrix_unit",
@@ -31,6 +34,7 @@ __all__ = [
     "linear_int8",
     "multiplies_in_registers",
     "multiplies_int8",
+    "selective_scan",
     "unavailable_because",
     "use_instruction_set",
 ]

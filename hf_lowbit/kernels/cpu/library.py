@@ -27,6 +27,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "hfl_multiplies_in_registers": (_INT, _POINTER),
     "hfl_has_matrix_unit": (_INT, _POINTER, _INT),
     "hfl_decode": (_INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT, _INT),
+    "hfl_selective_scan": (_INT, ctypes.c_char_p, _INT),
+    "hfl_causal_convolution": (_INT, ctypes.c_char_p, _INT),
     "hfl_read": (ctypes.c_uint64, _POINTER, _LONG, _INT),
 }
 

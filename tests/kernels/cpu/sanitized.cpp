@@ -99,6 +99,91 @@ void check(const hfl_matrix& w, int64_t m, int threads) {
     expect(hfl_decode(&broken, nullptr, 0, 1, decoded.data(), HFL_FLOAT32, 1) == -1, "a broken description", w);
 }
 
+// An operand of `type`, quantized or not, in memory that ends with its last value.
+struct Values {
+    hfl_operand operand{};
+    std::vector<char> bytes;
+    std::vector<float> scale;
+
+    Values(int64_t batch, int64_t tokens, int64_t channels, int type, bool scaled) {
+        const int64_t size = type == HFL_FLOAT32 ? 4 : type == HFL_INT8 ? 1 : 2;
+        bytes.resize(static_cast<size_t>(batch * tokens * channels * size));
+        for (size_t i = 0; i < bytes.size() / static_cast<size_t>(size); i++) {
+            const float value = static_cast<float>(random_bits() % 200) / 100 - 1;
+            if (type == HFL_FLOAT32) std::memcpy(&bytes[4 * i], &value, 4);
+            else if (type == HFL_INT8) bytes[i] = static_cast<char>(static_cast<int>(value * 127));
+            else bytes[2 * i] = 0, bytes[2 * i + 1] = static_cast<char>(value < 0 ? 0xbc : 0x3c);
+        }
+        if (scaled || type == HFL_INT8) scale.assign(static_cast<size_t>(channels), 1.0f / 127), operand.scale = scale.data();
+        operand.values = bytes.data(), operand.type = type, operand.scale_run = 1;
+        operand.batch_stride = tokens * channels, operand.token_stride = channels;
+    }
+};
+
+// Every size of tile, with ends within vectors; the state in place.
+void check_scan(int64_t heads, int64_t width, int64_t groups, int64_t n, int64_t tokens, int type, bool own, bool coded) {
+    const int64_t batch = 2, channels = heads * width, clusters = 3, window = 5;
+    const Values x(batch, tokens, channels, type, coded), z(batch, tokens, channels, type, false),
+        dt(batch, tokens, heads, type, false), B(batch, tokens, groups * n, type, coded), C(batch, tokens, groups * n, type, false);
+    const std::vector<float> A(static_cast<size_t>(heads * (own ? n : 1)), -0.5f), D(static_cast<size_t>(heads), 0.5f),
+        scale(static_cast<size_t>(clusters * n), 0.01f);
+    std::vector<int32_t> cluster(static_cast<size_t>(channels));
+    for (size_t i = 0; i < cluster.size(); i++) cluster[i] = static_cast<int32_t>(i % static_cast<size_t>(clusters));
+    std::vector<char> state(static_cast<size_t>(batch * channels * n * (coded ? 1 : 4)));
+    std::vector<float> y(static_cast<size_t>(batch * tokens * channels));
+    std::vector<float> peaks(static_cast<size_t>(batch * ((tokens + window - 1) / window) * channels * n));
+    hfl_scan s{};
+    s.x = x.operand, s.dt = dt.operand, s.B = B.operand, s.C = C.operand, s.z = z.operand;
+    s.A = A.data(), s.D = D.data(), s.dt_bias = D.data(), s.state = state.data(), s.new_state = state.data(), s.y = y.data();
+    if (coded) s.state_scale = scale.data(), s.state_cluster = cluster.data(), s.state_scale_columns = n, s.clusters = clusters;
+    s.batch = batch, s.tokens = tokens, s.channels = channels, s.heads = heads, s.head_dim = width, s.groups = groups;
+    s.n = n, s.A_columns = own ? n : 1, s.state_type = coded ? HFL_INT8 : HFL_FLOAT32, s.dt_max = 10;
+    bool fails = hfl_selective_scan(&s, 2) != 0;
+    s.peaks = peaks.data(), s.peaks_every = window, s.z.values = nullptr;
+    fails = fails || hfl_selective_scan(&s, 1) != 0;
+    if (coded) {
+        s.clusters = 2;
+        fails = fails || (channels > 2) != (hfl_selective_scan(&s, 1) == -1);
+    }
+    s.A_columns = n + 1;
+    fails = fails || hfl_selective_scan(&s, 1) != -1;
+    for (float value : y) fails = fails || !std::isfinite(value);
+    if (fails) failures++, std::printf("scan: %lld heads of %lld\n", static_cast<long long>(heads), static_cast<long long>(width));
+}
+
+void check_convolution(int64_t channels, int64_t taps, int64_t tokens, int type, bool coded) {
+    const int64_t batch = 2;
+    const Values x(batch, tokens, channels, type, coded);
+    const std::vector<float> weight(static_cast<size_t>(channels * taps), 0.5f), bias(static_cast<size_t>(channels), 0.1f);
+    const bool has_codes = coded || type == HFL_INT8;
+    std::vector<char> state(static_cast<size_t>(batch * channels * taps * (has_codes ? 1 : 4)));
+    std::vector<char> y(static_cast<size_t>(batch * tokens * channels * (has_codes ? 1 : 4)));
+    hfl_convolution c{};
+    c.x = x.operand, c.weight = weight.data(), c.bias = bias.data(), c.out_scale = bias.data(), c.out_scale_run = 1;
+    c.state = state.data(), c.new_state = state.data(), c.y = y.data(), c.batch = batch, c.tokens = tokens;
+    c.channels = channels, c.taps = taps, c.silu = 1;
+    c.state_type = c.y_type = has_codes ? HFL_INT8 : HFL_FLOAT32;
+    bool fails = hfl_causal_convolution(&c, 2) != 0;
+    c.taps = 0;
+    fails = fails || hfl_causal_convolution(&c, 1) != -1;
+    if (fails) failures++, std::printf("convolution: %lld channels\n", static_cast<long long>(channels));
+}
+
+void check_mixers() {
+    for (int type : {HFL_FLOAT32, HFL_BFLOAT16, HFL_FLOAT16, HFL_INT8})
+        for (bool coded : {false, true})
+            for (int64_t tokens : {1, 3, 70}) {
+                for (bool own : {false, true})
+                    for (int64_t n : {1, 5, 16, 40, 71, 128}) {
+                        check_scan(7, 1, 1, n, tokens, type, own, coded);
+                        check_scan(6, 5, 3, n, tokens, type, own, coded);
+                        check_scan(2, 70, 1, n, tokens, type, own, coded);
+                    }
+                for (int64_t taps : {1, 3, 4})
+                    for (int64_t channels : {1, 20, 133, 300}) check_convolution(channels, taps, tokens, type, coded);
+            }
+}
+
 }  // namespace
 
 int main() {
@@ -120,6 +205,7 @@ int main() {
         for (int64_t columns : {1, 21, 160}) check(Packed(7, columns, 1, 2, HFL_BASE3, HFL_NO_ZERO, HFL_TABLE).matrix, 3, 2);
         const Packed large(512, 4096, 64, 4, HFL_DENSE, HFL_NO_ZERO, HFL_INTEGER);  // enough work for several pieces
         check(large.matrix, 4, 2);
+        check_mixers();
         std::printf("%s: done\n", name.c_str());
         at = end + 1;
     }

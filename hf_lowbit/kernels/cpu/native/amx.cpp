@@ -105,4 +105,6 @@ const Kernels amx_kernels = {
     [](const hfl_matrix* w, int type) { return static_cast<int>(type == HFL_BFLOAT16 && has_chunks(*w)); },
     [](const hfl_matrix* w, const int64_t* index, int64_t first, int64_t n, void* out, int type, int threads) {
         avx512_kernels.decode(w, index, first, n, out, type, threads);
-    }};
+    },
+    [](const hfl_scan& s, int threads) { return avx512_kernels.selective_scan(s, threads); },
+    [](const hfl_convolution& c, int threads) { return avx512_kernels.causal_convolution(c, threads); }};

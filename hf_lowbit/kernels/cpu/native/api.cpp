@@ -1,4 +1,5 @@
 // The C interface: checks arguments, picks the instruction set.
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -43,6 +44,36 @@ bool are_valid(const hfl_matrix* const* matrices, int count) {
     for (int i = 0; i < count; i++)
         if (!is_valid(matrices[i]) || matrices[i]->columns != matrices[0]->columns) return false;
     return count > 0;
+}
+
+// Values, or floats and codes of them: what has codes needs their scale.
+bool is_valid(const hfl_operand& o) {
+    return o.values && o.type >= HFL_FLOAT32 && o.type <= HFL_INT8 && (o.type != HFL_INT8 || o.scale) &&
+           (!o.scale || o.scale_run > 0);
+}
+
+bool has_valid_clusters(const hfl_scan& s) {
+    if (!s.state_scale) return true;
+    if (s.clusters < 1 || (s.state_scale_columns != 1 && s.state_scale_columns != s.n)) return false;
+    const int32_t* cluster = s.state_cluster;
+    return !cluster || std::all_of(cluster, cluster + s.channels, [&](int32_t c) { return c >= 0 && c < s.clusters; });
+}
+
+bool is_valid(const hfl_scan& s) {
+    const bool has_codes = s.state && s.state_type == HFL_INT8;
+    return is_valid(s.x) && is_valid(s.dt) && is_valid(s.B) && is_valid(s.C) && (!s.z.values || is_valid(s.z)) && s.A &&
+           s.y && is_type(static_cast<int>(s.y_type)) && s.batch > 0 && s.tokens > 0 && s.groups > 0 && s.n > 0 &&
+           s.heads > 0 && s.heads % s.groups == 0 && s.head_dim > 0 && s.channels == s.heads * s.head_dim &&
+           (s.A_columns == 1 || s.A_columns == s.n) && (!s.state || s.state_type == HFL_FLOAT32 || has_codes) &&
+           (!has_codes || s.state_scale) && (!s.peaks || s.peaks_every > 0) && has_valid_clusters(s);
+}
+
+bool is_valid(const hfl_convolution& c) {
+    const bool has_state = c.state || c.new_state;
+    return is_valid(c.x) && c.weight && c.y && c.batch > 0 && c.tokens > 0 && c.channels > 0 && c.taps > 0 &&
+           c.y_type >= HFL_FLOAT32 && c.y_type <= HFL_INT8 &&
+           (c.y_type != HFL_INT8 || (c.out_scale && c.out_scale_run > 0)) && c.state_type >= HFL_FLOAT32 &&
+           c.state_type <= HFL_INT8 && (!has_state || c.state_type != HFL_INT8 || c.x.scale);
 }
 
 }  // namespace
@@ -98,6 +129,14 @@ int hfl_decode(const hfl_matrix* matrix, const int64_t* index, int64_t first, in
         if (index[i] < 0 || index[i] >= matrix->rows) return -1;
     if (n) chosen->decode(matrix, index, first, n, out, type, threads);
     return 0;
+}
+
+int hfl_selective_scan(const hfl_scan* scan, int threads) {
+    return scan && is_valid(*scan) ? chosen->selective_scan(*scan, threads) : -1;
+}
+
+int hfl_causal_convolution(const hfl_convolution* convolution, int threads) {
+    return convolution && is_valid(*convolution) ? chosen->causal_convolution(*convolution, threads) : -1;
 }
 
 uint64_t hfl_read(const void* data, int64_t bytes, int threads) {

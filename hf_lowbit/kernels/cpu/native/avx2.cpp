@@ -2,6 +2,7 @@
 #include "kernels.h"
 #include "simd_avx2.h"
 #include "dot_avx2.h"
+#include "math_avx2.h"
 #include "isa.inc"
 
 const Kernels avx2_kernels = make_kernels("avx2", [] {

@@ -12,6 +12,8 @@ struct Kernels {
     int (*multiplies_in_registers)(const hfl_matrix*);
     int (*has_matrix_unit)(const hfl_matrix*, int);
     void (*decode)(const hfl_matrix*, const int64_t*, int64_t, int64_t, void*, int, int);
+    int (*selective_scan)(const hfl_scan&, int);
+    int (*causal_convolution)(const hfl_convolution&, int);
 };
 
 extern const Kernels plain_kernels;

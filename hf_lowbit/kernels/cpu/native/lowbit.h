@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-enum hfl_type { HFL_FLOAT32 = 0, HFL_BFLOAT16 = 1, HFL_FLOAT16 = 2 };
+enum hfl_type { HFL_FLOAT32 = 0, HFL_BFLOAT16 = 1, HFL_FLOAT16 = 2, HFL_INT8 = 3 };  // int8: of scans only
 enum hfl_zero { HFL_NO_ZERO = 0, HFL_REAL_ZERO = 1, HFL_PACKED_ZERO = 2 };
 // How a code becomes a value: by table; by the integer code + offset; from sign, exponent and mantissa bits.
 enum hfl_decoder { HFL_TABLE = 0, HFL_INTEGER = 1, HFL_MINIFLOAT = 2 };
@@ -61,6 +61,43 @@ HFL_API int hfl_has_matrix_unit(const hfl_matrix* matrix, int type);
 // Decoded rows [n, columns]: rows index[0..n), or first..first+n where index is null. Returns 0, or -1 if out of range.
 HFL_API int hfl_decode(const hfl_matrix* matrix, const int64_t* index, int64_t first, int64_t n, void* out, int type,
                int threads);
+
+// Of scans: values [batch, tokens, channels], the channels of a token side by side.
+typedef struct {
+    const void* values;    // null: there are none
+    const float* scale;    // int8: what a code is worth. Floats: they are rounded to such codes first. Null: as they are
+    int64_t batch_stride, token_stride, scale_run;  // elements; `scale_run` channels in a row have one scale
+    int64_t type;
+} hfl_operand;
+
+// h = exp(step A) h + step x B, y = (C h + D x) silu(z), step = softplus(dt + dt_bias) within dt_min..dt_max; float32.
+typedef struct {
+    hfl_operand x, dt, B, C, z;  // channels: heads * head_dim; heads; groups * n twice; like x
+    const float *A, *D, *dt_bias;            // [heads, A_columns], [heads], [heads]; the last two or null
+    const void* state;                       // [batch, channels, n] of state_type: float32 or int8; null: zeros
+    void* new_state;                         // the same, int8 where there is a state_scale; may be `state`; null: not kept
+    const float* state_scale;                // [clusters, state_scale_columns], 1 or n columns
+    const int32_t* state_cluster;            // [channels], 0..clusters-1; null: row 0
+    void* y;                                 // [batch, tokens, channels] of y_type, a float type
+    float* peaks;                            // [batch, ceil(tokens / peaks_every), channels, n]; or null
+    int64_t batch, tokens, channels, heads, head_dim, groups, n, A_columns;  // A_columns: 1, or n for own decays
+    int64_t state_scale_columns, peaks_every, state_type, y_type;
+    double dt_min, dt_max;
+    int64_t clusters;
+} hfl_scan;
+// Returns 0, or -1 for bad arguments.
+HFL_API int hfl_selective_scan(const hfl_scan* scan, int threads);
+
+// y[t] = bias + sum over taps of weight[tap] x[t - taps + 1 + tap], SiLU on request; int8: divided by out_scale, rounded.
+typedef struct {
+    hfl_operand x;
+    const float *weight, *bias, *out_scale;  // [channels, taps], [channels], one per out_scale_run channels
+    const void* state;                       // [batch, channels, taps] of state_type: inputs so far, the newest last
+    void* new_state;                         // the same; may be `state`; null: not kept. int8: codes of x's scale
+    void* y;                                 // [batch, tokens, channels] of y_type
+    int64_t batch, tokens, channels, taps, out_scale_run, state_type, y_type, silu;
+} hfl_convolution;
+HFL_API int hfl_causal_convolution(const hfl_convolution* convolution, int threads);
 
 // Reads every byte once on `threads` threads: the bandwidth the products are measured against.
 HFL_API uint64_t hfl_read(const void* data, int64_t bytes, int threads);

@@ -1,0 +1,165 @@
+"""The native scan and convolution of state-space mixers, on tensors.
+
+A decode step is a few microseconds of work, so the arguments of lowbit.h are packed as one run of eight-byte fields:
+setting as many of a ctypes structure would take longer than the step.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.kernels.cpu.products import _check, _library
+from hf_lowbit.kernels.operand import Operand
+
+VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_SCAN = struct.Struct("@51q2dq")
+_CONVOLUTION = struct.Struct("@20q")
+_ABSENT = (0, 0, 0, 0, 0, 0)
+_ALL_CHANNELS = 1 << 62
+
+
+def selective_scan(
+    x: Operand,
+    dt: Operand,
+    A: Tensor,
+    B: Operand,
+    C: Operand,
+    D: Tensor | None,
+    z: Operand | None,
+    dt_bias: Tensor | None,
+    dt_limit: tuple[float, float],
+    state: Tensor | None,
+    state_scale: Tensor | None,
+    state_cluster: Tensor | None,
+    new_state: Tensor | None,
+    peaks_every: int | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`hf_lowbit.kernels.selective_scan`: the output and the peaks; the last state goes into ``new_state``.
+
+    ``state`` and ``new_state`` are contiguous, float32 or int8, and may be the same.
+    """
+    batch, tokens, channels = x.values.shape
+    _, _, groups, n = B.values.shape
+    heads = A.shape[0]
+    y = torch.empty(batch, tokens, channels, dtype=dtype)
+    peaks = None
+    if peaks_every is not None:
+        peaks = torch.empty((batch, -(-tokens // peaks_every), channels, n))
+    kept: list[Tensor] = []  # copies, alive until the call returns
+    if state_cluster is not None and not (state_cluster.dtype == torch.int32 and state_cluster.is_contiguous()):
+        state_cluster = state_cluster.to(torch.int32).contiguous()
+    arguments = _SCAN.pack(
+        *_operand(x, kept),
+        *_operand(dt, kept),
+        *_operand(B, kept),
+        *_operand(C, kept),
+        *(_ABSENT if z is None else _operand(z, kept)),
+        _floats(A, kept),
+        _floats(D, kept),
+        _floats(dt_bias, kept),
+        0 if state is None else state.data_ptr(),
+        0 if new_state is None else new_state.data_ptr(),
+        _floats(state_scale, kept),
+        0 if state_cluster is None else state_cluster.data_ptr(),
+        y.data_ptr(),
+        0 if peaks is None else peaks.data_ptr(),
+        batch,
+        tokens,
+        channels,
+        heads,
+        channels // heads,
+        groups,
+        n,
+        1 if A.dim() == 1 else n,
+        0 if state_scale is None else state_scale.shape[1],
+        peaks_every or 0,
+        0 if state is None else VALUE_TYPES[state.dtype],
+        VALUE_TYPES[dtype],
+        *dt_limit,
+        0 if state_scale is None else state_scale.shape[0],
+    )
+    if y.numel():
+        _check(_library().hfl_selective_scan(arguments, torch.get_num_threads()))
+    return y, peaks
+
+
+def causal_convolution(
+    x: Operand,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    silu: bool,
+    out_scale: Tensor | None,
+    update: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`hf_lowbit.kernels.causal_convolution`; ``state`` is contiguous, and changed in place with ``update``."""
+    batch, tokens, channels = x.values.shape
+    y = torch.empty(batch, tokens, channels, dtype=dtype if out_scale is None else torch.int8)
+    kept: list[Tensor] = []
+    address = 0 if state is None else state.data_ptr()
+    arguments = _CONVOLUTION.pack(
+        *_operand(x, kept),
+        _floats(weight, kept),
+        _floats(bias, kept),
+        _floats(out_scale, kept),
+        address,
+        address if update else 0,
+        y.data_ptr(),
+        batch,
+        tokens,
+        channels,
+        weight.shape[1],
+        1 if out_scale is None else channels // out_scale.numel(),
+        0 if state is None else VALUE_TYPES[state.dtype],
+        3 if out_scale is not None else VALUE_TYPES[dtype],
+        silu,
+    )
+    if y.numel():
+        _check(_library().hfl_causal_convolution(arguments, torch.get_num_threads()))
+    return y
+
+
+def _operand(operand: Operand, kept: list[Tensor]) -> tuple[int, int, int, int, int, int]:
+    """``hfl_operand`` of lowbit.h: values, scale, their strides, how many channels in a row share a scale, type."""
+    values, scale = operand
+    if not values.is_contiguous() and not _lies_side_by_side(values):
+        values = values.contiguous()
+        kept.append(values)
+    batch_stride, token_stride = values.stride()[:2]
+    kind = VALUE_TYPES[values.dtype]
+    if scale is None:
+        return values.data_ptr(), 0, batch_stride, token_stride, 0, kind
+    run = _ALL_CHANNELS
+    if scale.numel() > 1:
+        channels = values.shape[2:]
+        per_channel = scale.numel() == channels.numel()
+        if not per_channel and not (len(channels) == 2 and scale.shape == (channels[0], 1)):
+            scale = scale.expand(channels).contiguous()
+            kept.append(scale)
+        run = channels.numel() // scale.numel()
+    return values.data_ptr(), _floats(scale, kept), batch_stride, token_stride, run, kind
+
+
+def _lies_side_by_side(values: Tensor) -> bool:
+    """Whether the channels ``[...]`` of a token ``[batch, T, ...]`` lie one after the other."""
+    expected = 1
+    for size, stride in zip(reversed(values.shape[2:]), reversed(values.stride()[2:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _floats(tensor: Tensor | None, kept: list[Tensor]) -> int:
+    """Where the float32 values of a tensor lie, one after the other; 0 without one."""
+    if tensor is None:
+        return 0
+    if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        tensor = tensor.float().contiguous()
+        kept.append(tensor)
+    return tensor.data_ptr()

@@ -1,0 +1,64 @@
+"""What a scan or a convolution reads: floats, floats on a stored grid of int8 values, or the codes themselves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Operand(NamedTuple):
+    """An input, quantized or not.
+
+    Attributes:
+        values: float or int8 ``[..., channels]``.
+        scale: float32, broadcast over the last dimensions of ``values``: ``[1]``, ``[channels]``, ``[groups, 1]``.
+            With int8 values: what one code is worth. With floats: they are rounded to that grid before use. None:
+            floats as they are.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+
+
+def quantize_codes(values: Tensor, scale: Tensor) -> Tensor:
+    """int8 codes -127..127 of ``values`` times ``1 / scale``, half to even; NaN, which has no code, becomes 0.
+
+    The one definition of this rounding: the native kernels multiply by the same float32 reciprocal. What is on the grid
+    already keeps its code, as it does where others divide.
+    """
+    return (
+        (values.detach().float() * scale.float().reciprocal())
+        .round_()
+        .nan_to_num_(0.0)
+        .clamp_(-127, 127)
+        .to(torch.int8)
+    )
+
+
+def restore_codes(codes: Tensor, scale: Tensor) -> Tensor:
+    """float32 values of codes."""
+    return codes.float() * scale
+
+
+def float_values(operand: Operand) -> Tensor:
+    """The values that count, in float32 (float64 stays); gradients pass the rounding as if it were not there."""
+    values, scale = operand
+    if not values.is_floating_point():
+        if scale is None:
+            raise ValueError("int8 values have no meaning without a scale")
+        return restore_codes(values, scale)
+    wide = values if values.dtype == torch.float64 else values.float()
+    if scale is None:
+        return wide
+    rounded = restore_codes(quantize_codes(values, scale), scale).to(wide.dtype)
+    return rounded + (wide - wide.detach()) if values.requires_grad and torch.is_grad_enabled() else rounded
+
+
+def codes_of(operand: Operand) -> Tensor:
+    """The int8 codes of an operand that has a scale."""
+    values, scale = operand
+    if scale is None:
+        raise ValueError("codes of an input without a scale")
+    return quantize_codes(values, scale) if values.is_floating_point() else values

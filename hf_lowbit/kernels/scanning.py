@@ -1,0 +1,135 @@
+"""Convolutions and scans, each natively or by the torch reference. Eager: see scan_ops for traced code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_lowbit.kernels import cpu
+from hf_lowbit.kernels.operand import Operand, codes_of, float_values, quantize_codes
+from hf_lowbit.kernels.recurrence import convolve, scan, time_steps
+
+
+def convolution(
+    x: Operand,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    silu: bool,
+    out_scale: Tensor | None,
+    update: bool,
+    dtype: torch.dtype,
+    backend: str | None,
+) -> Tensor:
+    """:func:`hf_lowbit.kernels.causal_convolution`, of arguments that fit."""
+    if backend != "reference" and _is_native((x.values, state), (weight, bias)):
+        kept = state if state is None or state.is_contiguous() else state.contiguous()
+        result = cpu.causal_convolution(x, weight, bias, kept, silu, out_scale, update, dtype)
+        if update and state is not None and kept is not state and kept is not None:
+            state.copy_(kept)
+        return result
+    values, context = float_values(x), None
+    is_coded = state is not None and state.dtype == torch.int8
+    if state is not None:
+        past = float_values(Operand(state.transpose(1, 2), x.scale if is_coded else None))
+        context = past[:, 1:].to(values.dtype)
+    result = convolve(values, weight, bias, context)
+    result = F.silu(result) if silu else result
+    if update and state is not None:
+        newest = codes_of(x) if is_coded else values
+        together = torch.cat([state, newest.detach().transpose(1, 2).to(state.dtype)], 2)
+        state.copy_(together[..., -state.shape[2] :])
+    return result.to(dtype) if out_scale is None else quantize_codes(result, out_scale)
+
+
+def selective_scan(
+    x: Operand,
+    dt: Operand,
+    A: Tensor,
+    B: Operand,
+    C: Operand,
+    D: Tensor | None,
+    z: Operand | None,
+    dt_bias: Tensor | None,
+    dt_limit: tuple[float, float],
+    state: Tensor | None,
+    state_scale: Tensor | None,
+    state_cluster: Tensor | None,
+    return_state: bool,
+    update: bool,
+    peaks_every: int | None,
+    dtype: torch.dtype,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """:func:`hf_lowbit.kernels.selective_scan`, of arguments that fit: output, last state, peaks."""
+    gate = None if z is None else z.values
+    if backend != "reference" and _is_native((x.values, dt.values, B.values, C.values, gate, state), (A, D, dt_bias)):
+        before, after = state, None
+        if state is not None and not (state.is_contiguous() and state.dtype in (torch.float32, torch.int8)):
+            before = (state if state.dtype == torch.int8 else state.float()).contiguous()
+        coded = torch.float32 if state_scale is None else torch.int8
+        if update and before is state and state is not None and state.dtype == coded:
+            after = state
+        elif update or return_state:
+            after = torch.empty((x.values.shape[0], x.values.shape[2], B.values.shape[3]), dtype=coded)
+        told = D, z, dt_bias, dt_limit, before, state_scale, state_cluster
+        y, peaks = cpu.selective_scan(x, dt, A, B, C, *told, after, peaks_every, dtype)
+    else:
+        told = D, z, dt_bias, dt_limit, state, state_scale, state_cluster
+        y, after, peaks = _by_reference(x, dt, A, B, C, *told, peaks_every, dtype)
+    if update and state is not None and after is not None and after is not state:
+        after = state.copy_(after.detach())
+    return y, after if update or return_state else None, peaks
+
+
+def _by_reference(
+    x: Operand,
+    dt: Operand,
+    A: Tensor,
+    B: Operand,
+    C: Operand,
+    D: Tensor | None,
+    z: Operand | None,
+    dt_bias: Tensor | None,
+    dt_limit: tuple[float, float],
+    state: Tensor | None,
+    state_scale: Tensor | None,
+    state_cluster: Tensor | None,
+    peaks_every: int | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    batch, _, channels = x.values.shape
+    heads, n = dt.values.shape[2], B.values.shape[3]
+    wide = torch.promote_types(x.values.dtype, torch.float32)
+    rows = None
+    if state_scale is not None:
+        rows = state_scale[:1] if state_cluster is None else state_scale[state_cluster]
+    if state is None:
+        before = torch.zeros(batch, channels, n, dtype=wide, device=x.values.device)
+    else:
+        before = float_values(Operand(state, rows if state.dtype == torch.int8 else None)).to(wide)
+    shape = heads, channels // heads
+    values = float_values(x).to(wide).unflatten(2, shape)
+    steps = time_steps(float_values(dt).to(wide), dt_bias, dt_limit)
+    inputs = A.to(wide), float_values(B).to(wide), float_values(C).to(wide)
+    y, after, peaks = scan(values, steps, *inputs, before.unflatten(1, shape), peaks_every)
+    y = (y if D is None else y + D[:, None] * values).flatten(2)
+    y = y if z is None else y * F.silu(float_values(z))
+    after = after.flatten(1, 2)
+    after = after if rows is None else quantize_codes(after, rows)
+    return y.to(dtype), after, None if peaks is None else peaks.flatten(2, 3).float()
+
+
+def _is_native(inputs: Sequence[Tensor | None], parameters: Sequence[Tensor | None]) -> bool:
+    """Whether the native kernels run there, and nothing asks for gradients."""
+    for tensor in inputs:
+        if tensor is not None and (not tensor.is_cpu or tensor.dtype not in cpu.VALUE_TYPES):
+            return False
+    if torch.is_grad_enabled():
+        for tensor in (*inputs, *parameters):
+            if tensor is not None and tensor.requires_grad:
+                return False
+    return cpu.available()
