@@ -21,7 +21,7 @@ from hf_lowbit.formats.activation import ACTIVATION_FIELDS, activation_of, inher
 from hf_lowbit.formats.number_format import default_bits
 from hf_lowbit.formats.spec import GroupSize
 from hf_lowbit.kernels import why_not
-from hf_lowbit.nn import LayerSpec
+from hf_lowbit.nn import LayerSpec, MixerSpec
 from hf_lowbit.plan import PlanError, check_entries
 from hf_lowbit.plan.patterns import check_patterns, first_match
 
@@ -86,6 +86,7 @@ class LowbitConfig(QuantizationConfigMixin):
     searches_exponent: ClassVar[bool] = False  # whether the method finds the exponent of "power" where none is given
     searches_split: ClassVar[bool] = False  # whether it finds exponent and mantissa of "fp"
     fits_rank: ClassVar[bool] = False  # whether layers smaller than the rank go without a branch, and are not refused
+    packs_mixers: ClassVar[bool] = False  # whether it quantizes state-space mixers as a whole, and nothing around them
 
     format: str = "int"
     bits: int | None = None
@@ -200,6 +201,10 @@ class LowbitConfig(QuantizationConfigMixin):
         """The specification of the module called ``name``: the config's fields, then the first matching override's."""
         pattern = first_match(self.overrides or (), name)
         return self._layer_spec(self.overrides[pattern] if self.overrides and pattern else {})
+
+    def mixer_spec(self, name: str, kind: str) -> MixerSpec:
+        """How the state-space mixer called ``name`` computes ("mamba", "mamba2"), of a method that packs mixers."""
+        return MixerSpec()
 
     def low_rank_of(self, name: str) -> int:
         """The rank that the config gives the module called ``name``, wherever it is kept; 0 for none."""

@@ -92,11 +92,12 @@ def find_units(model: nn.Module, layers: Collection[str], batches: Sequence[Batc
     alone = list(dict.fromkeys(homes[layer] for layer in outside if layer in homes and homes[layer] in seen))
     units += [Unit(Stack((block,)), [None], [], seen[block].calls) for block in alone]
     outside = loose_layers([unit.stack for unit in units], layers)
-    single = [layer for layer in outside if layer in seen]
+    outermost = [layer for layer in outside if not _holds(outside, layer)]  # a mixer comes with its layers
+    single = [layer for layer in outermost if layer in seen]
     units += [Unit(Stack((layer,)), [None], [], seen[layer].calls) for layer in single]
     order = list(seen)
     units.sort(key=lambda unit: order.index(unit.stack.blocks[0]))
-    return Units(units, single, [layer for layer in outside if layer not in seen])
+    return Units(units, single, loose_layers([unit.stack for unit in units], layers))
 
 
 def _all_stacks(model: nn.Module, layers: Collection[str], within: str = "") -> list[Stack]:
@@ -203,7 +204,9 @@ def without_cache(model: nn.Module, batch: Batch) -> Batch:
     if isinstance(timestep := batch.get("timestep"), Tensor):  # half types do not tell all of them apart
         moved["timestep"] = timestep.to(device)
     accepted = inspect.signature(model.forward).parameters
-    return {**moved, "use_cache": False} if "use_cache" in accepted else moved
+    passes_on = any(each.kind is each.VAR_KEYWORD for each in accepted.values())  # as GraniteMoeHybrid's does
+    caches = "use_cache" in accepted or (passes_on and getattr(getattr(model, "config", None), "use_cache", False))
+    return {**moved, "use_cache": False} if caches else moved
 
 
 def first_sample(batch: Batch) -> Batch:

@@ -34,6 +34,13 @@ def finish_quantization(model: nn.Module, config: LowbitConfig, plan: Plan, outc
         for parameter in module.packed_parameters
         if not module.is_packed(parameter)
     ]
+    missing += [
+        f"{name}.{key}"
+        for name, module in modules.items()
+        for parameter in module.packed_parameters
+        for key in module.companion_shapes(parameter)
+        if not hasattr(module, key)
+    ]
     missing += [name for name in plan.layers if name not in modules]
     if missing:
         raise QuantizationError(

@@ -17,6 +17,11 @@ from hf_lowbit.nn.kinds import KINDS, kind_of, refusal_of, register_kind
 from hf_lowbit.nn.linear import PackedConv1D, PackedLinear
 from hf_lowbit.nn.siblings import connect_siblings, disconnect_siblings
 from hf_lowbit.nn.spec import LayerSpec
+from hf_lowbit.nn.state_space.base import PackedMixer
+from hf_lowbit.nn.state_space.mamba import PackedMamba
+from hf_lowbit.nn.state_space.mamba2 import PackedMamba2
+from hf_lowbit.nn.state_space.names import mixer_kind, mixer_refusal
+from hf_lowbit.nn.state_space.spec import MixerSpec
 from hf_lowbit.nn.transforms import (
     TRANSFORMS,
     Hadamard,
@@ -38,12 +43,16 @@ __all__ = [
     "Hadamard",
     "Incoherence",
     "LayerSpec",
+    "MixerSpec",
     "PackedConv1D",
     "PackedConv1d",
     "PackedConv2d",
     "PackedEmbedding",
     "PackedExperts",
     "PackedLinear",
+    "PackedMamba",
+    "PackedMamba2",
+    "PackedMixer",
     "PackedModule",
     "Reassembly",
     "Scaling",
@@ -53,6 +62,8 @@ __all__ = [
     "keep_columns",
     "keep_weights",
     "kind_of",
+    "mixer_kind",
+    "mixer_refusal",
     "refusal_of",
     "register_exact",
     "register_kind",

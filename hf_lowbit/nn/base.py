@@ -304,8 +304,9 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def _is_finite(key: str, tensor: Tensor, spec: LayerSpec) -> bool:
-    if "_transform_" in key or "_exact_" in key or key.endswith((INPUT_SCALE, INPUT_SHIFT)):
-        return True  # judged where they are understood
+    judged = "_transform_" in key or "_exact_" in key or key.startswith("site_")
+    if judged or key.endswith((INPUT_SCALE, INPUT_SHIFT, "_ends")):
+        return True  # where they are understood
     if "_low_rank_" in key:
         return tensor.dtype == torch.int32 or bool(torch.isfinite(from_bits(tensor, FACTOR_DTYPE)).all())
     if key.endswith("_zero_point") and spec.weight.has_integer_zero_point:

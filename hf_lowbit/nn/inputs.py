@@ -152,7 +152,7 @@ class QuantizedInputs(nn.Module):
             return None
         if self._row_sums is None:
             self._row_sums = RowSums()
-        sums = self._row_sums.of(name, self.packed(name), activation.groups(self.matrix_shape(name)[1]))
+        sums = self._row_sums.of_packed(name, self.packed(name), activation.groups(self.matrix_shape(name)[1]))
         return sums if expert is None else sums[expert]
 
     def multiply(self, x: Tensor, packed: PackedTensor, name: str = "weight", expert: int | None = None) -> Tensor:

@@ -9,10 +9,12 @@ from hf_lowbit.nn.conv import PackedConv1d, PackedConv2d
 from hf_lowbit.nn.embedding import PackedEmbedding
 from hf_lowbit.nn.experts import PackedExperts, unsupported_experts
 from hf_lowbit.nn.linear import PackedConv1D, PackedLinear
+from hf_lowbit.nn.state_space.mamba import PackedMamba
+from hf_lowbit.nn.state_space.mamba2 import PackedMamba2
 
-KINDS: dict[str, type[PackedModule]] = {
-    cls.kind: cls for cls in (PackedLinear, PackedConv1D, PackedConv1d, PackedConv2d, PackedEmbedding, PackedExperts)
-}
+_LAYERS = (PackedLinear, PackedConv1D, PackedConv1d, PackedConv2d, PackedEmbedding, PackedExperts)
+_MIXERS = (PackedMamba, PackedMamba2)  # packed by methods that ask for it: see hf_lowbit.nn.state_space.names
+KINDS: dict[str, type[PackedModule]] = {cls.kind: cls for cls in (*_LAYERS, *_MIXERS)}
 _FLOAT_TYPES: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
     nn.Conv1d: "conv1d",

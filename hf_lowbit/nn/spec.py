@@ -8,9 +8,10 @@ from typing import Any
 from hf_lowbit.formats import ActivationSpec, SpecError, WeightSpec
 from hf_lowbit.nn.exact import ExactSpec
 from hf_lowbit.nn.factors import check_factor_bits
+from hf_lowbit.nn.state_space.spec import MixerSpec
 from hf_lowbit.nn.transforms import TransformSpec
 
-_FIELDS = ("weight", "activation", "low_rank", "factor_bits", "transform", "exact", "constant_token")
+_FIELDS = ("weight", "activation", "low_rank", "factor_bits", "transform", "exact", "constant_token", "mixer")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class LayerSpec:
         transform: of its input and output, around everything else (see :mod:`hf_lowbit.nn.transforms`), or None.
         exact: weights that stay floats beside the codes (see :mod:`hf_lowbit.nn.exact`), or None.
         constant_token: the product of a sequence's first token is stored (see :mod:`hf_lowbit.nn.constant_token`).
+        mixer: how a state-space mixer computes between its projections; of the kinds of mixers, and only of these.
     """
 
     weight: WeightSpec
@@ -34,6 +36,7 @@ class LayerSpec:
     exact: ExactSpec | None = None
     factor_bits: int = 16
     constant_token: bool = False
+    mixer: MixerSpec | None = None
 
     def __post_init__(self) -> None:
         if type(self.low_rank) is not int or self.low_rank < 0:
@@ -59,6 +62,8 @@ class LayerSpec:
             values["exact"] = self.exact.to_dict()
         if self.constant_token:
             values["constant_token"] = True
+        if self.mixer is not None:
+            values["mixer"] = self.mixer.to_dict()
         return values
 
     @classmethod
@@ -66,7 +71,8 @@ class LayerSpec:
         """Inverse of :meth:`to_dict`. Raises SpecError for unknown or missing fields."""
         if set(values) - set(_FIELDS) or "weight" not in values:
             raise SpecError(f"a layer of a plan has the fields {', '.join(_FIELDS)}; got {sorted(values)}")
-        activation, transform, exact = (values.get(name) for name in ("activation", "transform", "exact"))
+        parts = ("activation", "transform", "exact", "mixer")
+        activation, transform, exact, mixer = (values.get(name) for name in parts)
         return cls(
             WeightSpec.from_dict(values["weight"]),
             None if activation is None else ActivationSpec.from_dict(activation),
@@ -75,4 +81,5 @@ class LayerSpec:
             None if exact is None else ExactSpec.from_dict(exact),
             values.get("factor_bits", 16),
             values.get("constant_token", False),
+            None if mixer is None else MixerSpec.from_dict(mixer),
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowbit.nn.state_space.names import GENERATIONS
 from hf_lowbit.plan.patterns import generalise
 from hf_lowbit.plan.plan import PlanError, PlannedLayer
 
@@ -43,6 +44,8 @@ def _refusal(kind: str, name: str, model: nn.Module) -> str | None:
     module: Any = model.get_submodule(name)
     if kind == "experts":
         return "LoRA does not reach fused experts"
+    if kind in GENERATIONS:
+        return "LoRA does not reach the A_log and D of a mixer"
     if kind in ("conv1d", "conv2d"):
         if module.groups > 1:
             return "LoRA on a grouped convolution has another shape"

@@ -12,6 +12,7 @@ from hf_lowbit.formats import WeightSpec
 from hf_lowbit.nn import KINDS, LayerSpec, PackedModule, kind_of, refusal_of
 from hf_lowbit.plan.adapters import check_adapters
 from hf_lowbit.plan.groups import fit_inputs, fitting_group, misfit, widths_of
+from hf_lowbit.plan.mixers import MixerConfig, Mixers, find_mixers, within
 from hf_lowbit.plan.patterns import first_match, generalise
 from hf_lowbit.plan.plan import Plan, PlanError, PlannedLayer
 from hf_lowbit.plan.readers import directly_read
@@ -29,10 +30,9 @@ class Compensation(Protocol):
         """A number where ranks are still to be chosen."""
 
 
-class PlanningConfig(Protocol):
+class PlanningConfig(MixerConfig, Protocol):
     """What planning reads of a config."""
 
-    modules_to_not_convert: list[str] | None
     overrides: dict[str, dict[str, object]] | None
     strict_groups: bool
     fits_rank: ClassVar[bool]
@@ -74,13 +74,16 @@ def build_plan(model: nn.Module, config: PlanningConfig, facts: ModelFacts = Mod
 
     Raises:
         PlanError: a group that does not divide a layer's input under ``strict_groups``, a compensation adapter for
-            layers that PEFT cannot adapt, or nothing to quantize.
+            layers that PEFT cannot adapt, nothing to quantize, or no state-space mixers for a method that packs these.
     """
-    plan = Plan({})
+    mixers = find_mixers(model, config)
+    plan = Plan({}) if mixers is None else Plan(dict(mixers.layers), dict(mixers.skipped))
     regrouped: dict[str, list[str]] = {}
     for name, module in model.named_modules():
+        if name in plan.layers or name in plan.skipped:
+            continue  # a mixer
         kind = kind_of(module)
-        reason = refusal_of(module) or _reason_to_skip(model, name, module, kind, config, facts)
+        reason = refusal_of(module) or _reason_to_skip(model, name, module, kind, config, facts, mixers)
         if reason is not None:
             plan.skipped[name] = reason
         elif kind is not None:
@@ -88,6 +91,8 @@ def build_plan(model: nn.Module, config: PlanningConfig, facts: ModelFacts = Mod
             is_table = any(_is_embedding(model, other) for other in (name, *facts.tied_to(name)))
             widths = widths_of(KINDS[kind].from_float(module, spec))
             spec = fit_inputs(name, spec, widths, is_table, config.strict_groups, regrouped)
+            if kind == "conv1d" and within(name, () if mixers is None else mixers.layers):
+                spec = replace(spec, activation=None)  # the mixer has its inputs quantized
             plan.layers[name] = PlannedLayer(kind, spec)
     plan.others = frozenset(name for name, _ in model.named_modules()) - {*plan.layers, *plan.skipped}
     plan.warnings += [f"{text}: {_summary(names)}" for text, names in regrouped.items()]
@@ -156,7 +161,13 @@ def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
 
 
 def _reason_to_skip(
-    model: nn.Module, name: str, module: nn.Module, kind: str | None, config: PlanningConfig, facts: ModelFacts
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    kind: str | None,
+    config: PlanningConfig,
+    facts: ModelFacts,
+    mixers: Mixers | None,
 ) -> str | None:
     if kind is None:
         return None
@@ -174,9 +185,11 @@ def _reason_to_skip(
         return "an embedding; quantize_embeddings=True packs it"
     if ends and not tied and kind != "embedding" and not config.quantize_lm_head:
         return "the output head; quantize_lm_head=True packs it"
+    if mixers is not None and (reason := mixers.reason_to_skip(name, bool(ends))):
+        return reason
     parent, _, child = name.rpartition(".")
     owner = model.get_submodule(parent)
-    if directly_read(owner, child):
+    if (mixers is None or parent not in mixers.layers) and directly_read(owner, child):
         return f"{type(owner).__name__} reads {child}.weight itself"
     if kind == "embedding" and getattr(module, "max_norm", None) is not None:
         return "an embedding with max_norm rewrites its weights"

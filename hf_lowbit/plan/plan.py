@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_lowbit.formats import SpecError
-from hf_lowbit.nn import KINDS, LayerSpec
+from hf_lowbit.nn import KINDS, LayerSpec, PackedMixer
 from hf_lowbit.plan.patterns import expand, generalisations
 
 
@@ -31,6 +31,10 @@ class PlannedLayer:
             raise PlanError(f"layers of kind {self.kind!r} cannot have an exact part ({self.spec.exact.kind})")
         if self.spec.constant_token and not KINDS[self.kind].takes_constant_token:
             raise PlanError(f"layers of kind {self.kind!r} cannot have a constant token")
+        if issubclass(KINDS[self.kind], PackedMixer) != (self.spec.mixer is not None):
+            raise PlanError(
+                f"mixers have a specification 'mixer' and other kinds have none; {self.kind!r} is otherwise"
+            )
 
 
 @dataclass

@@ -66,9 +66,14 @@ def hadamard(x: Tensor, order: int | None = None, inner: int = 1, inverse: bool 
         after //= len(core)
         matrix = core.to(y.device, y.dtype) / len(core) ** 0.5
         matrix = matrix.t() if inverse else matrix
-        lanes = y.reshape(-1, len(core), after).transpose(1, 2)  # one large product, not many small ones
-        y = (lanes.reshape(-1, len(core)) @ matrix).reshape(lanes.shape).transpose(1, 2).reshape(x.shape)
-    return y
+        if after == 1:
+            y = y.reshape(-1, len(core)) @ matrix
+        elif y.numel() == len(core) * after:  # a single token
+            y = matrix.t() @ y.reshape(len(core), after)
+        else:
+            lanes = y.reshape(-1, len(core), after).transpose(1, 2)  # one large product, not many small ones
+            y = (lanes.reshape(-1, len(core)) @ matrix).reshape(lanes.shape).transpose(1, 2)
+    return y.reshape(x.shape)
 
 
 @cache

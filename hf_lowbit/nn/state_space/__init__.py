@@ -1,0 +1,1 @@
+"""Packed state-space mixers: projections, convolution, decay and the states between tokens (see :mod:`.base`)."""
