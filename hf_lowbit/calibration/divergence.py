@@ -44,7 +44,7 @@ def group_divergences(
         RoundingError: a weight that cannot be rounded.
     """
     batches = [without_cache(model, batch) for batch in batches]
-    references = [_logits(model, batch) for batch in batches]
+    references = [logits_of(model, batch) for batch in batches]
     progress = Progress(len(groups))
     losses: list[list[float]] = []
     for group in groups:
@@ -52,7 +52,7 @@ def group_divergences(
         for index in range(len(candidates[group[0]])):
             with substituted(model, {name: candidates[name][index] for name in group}, rounding):
                 pairs = zip(references, batches, strict=True)
-                found = [logit_divergence(reference, _logits(model, batch)) for reference, batch in pairs]
+                found = [logit_divergence(reference, logits_of(model, batch)) for reference, batch in pairs]
             own.append(torch.cat(found).mean().item())
         losses.append(own)
         progress.step(group[0], False)
@@ -71,7 +71,12 @@ def logit_divergence(reference: Tensor, logits: Tensor) -> Tensor:
     return torch.where(d.abs() < 1, p * (d + torch.expm1(-d)), far).sum(-1)
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """What a language model predicts for a batch, ``[sequences, tokens, vocabulary]``.
+
+    Raises:
+        SensitivityError: the model returns no logits.
+    """
     output = model(**batch)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):

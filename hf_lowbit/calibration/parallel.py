@@ -45,6 +45,16 @@ def combine(statistics: Iterable[Statistic]) -> None:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
 
+def in_order(values: Sequence[_T]) -> list[_T]:
+    """What all processes found, one value for each of their batches, in the order of the data: :func:`share` undone."""
+    if processes() == 1:
+        return list(values)
+    found: list[list[_T]] = [[] for _ in range(processes())]
+    dist.all_gather_object(found, list(values))
+    rounds = range(max(map(len, found)))
+    return [own[index] for index in rounds for own in found if index < len(own)]
+
+
 def union(values: Iterable[float]) -> set[float]:
     """The values that any process has."""
     own = set(values)

@@ -20,7 +20,7 @@ from hf_lowbit.calibration.fitting import FitInputs, fit_range
 from hf_lowbit.calibration.input_histogram import InputHistogram
 from hf_lowbit.calibration.parallel import combine, union
 from hf_lowbit.formats import ActivationSpec, PackedTensor
-from hf_lowbit.nn import LayerSpec, PackedModule
+from hf_lowbit.nn import LayerSpec, MixerSpec, PackedModule
 from hf_lowbit.nn.inputs import is_scale
 from hf_lowbit.nn.timestep import ARGUMENT, Timestep, rows_now, timestep_position
 from hf_lowbit.plan import PlanError, PlannedLayer, packed_modules
@@ -53,13 +53,14 @@ def check_timesteps(model: nn.Module, layers: Collection[PlannedLayer], batches:
 def set_static_inputs(block: Block, percentile: float = 100.0, fit: FitInputs | None = None) -> None:
     """Give the packed layers of a block their input scales; those of no usable range get dynamic ones, and a note.
 
-    Layers that read one input see the same values, and so have the same scales.
+    Layers that read one input see the same values, and so have the same scales. Those that a method gave theirs keep
+    them.
 
     Args:
         percentile: of |input| that the scales cover; 100: all of it.
         fit: finds them in another way.
     """
-    modules = {name: m for name, m in packed_modules(block.module).items() if m.has_static_inputs}
+    modules = {name: m for name, m in packed_modules(block.module).items() if _is_open(m)}
     if not modules:
         return
     _complete_timesteps(block, modules.values())
@@ -81,8 +82,17 @@ def set_static_inputs(block: Block, percentile: float = 100.0, fit: FitInputs | 
                 block.note(f"{name}.{parameter}" if name else parameter, UNKNOWN_RANGE)
 
 
+def _is_open(module: PackedModule) -> bool:
+    """Whether a layer has static inputs whose scales are still to be found."""
+    return module.has_static_inputs and any(module.input_scale(name) is None for name in module.packed_parameters)
+
+
 def with_dynamic_inputs(spec: LayerSpec) -> LayerSpec:
-    """The specification with scales that are made as inputs come, where it has static ones."""
+    """The specification with scales that are made as inputs come, where it has static ones; a mixer's are static
+    always, and it computes in floats instead.
+    """
+    if spec.mixer is not None and spec.mixer.activation_bits is not None:
+        spec = replace(spec, mixer=MixerSpec())
     if spec.activation is None or not spec.activation.static:
         return spec
     return replace(spec, activation=spec.activation.dynamic())

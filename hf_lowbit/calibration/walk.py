@@ -154,7 +154,7 @@ class Walk:
         module = KINDS[layer.kind].from_float(self.model.get_submodule(name), spec)
         consequences = [] if self.rounding is not None else ["rounded to nearest"]
         if spec != layer.spec:
-            consequences.append("its inputs take dynamic scales")
+            consequences.append("its inputs take dynamic scales" if spec.mixer is None else "it computes in floats")
         if self.compensation.metric != "identity" and self.compensation.ranks.get(name):
             consequences.append("its low-rank part takes metric='identity'")
         for parameter in module.packed_parameters:
