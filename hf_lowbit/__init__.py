@@ -35,6 +35,7 @@ _LAZY = {
     "report": "hf_lowbit.integrations.hub",
     "save": "hf_lowbit.plain",
     "search_bits": "hf_lowbit.search",
+    "search_blocks": "hf_lowbit.search",
     "search_pipeline": "hf_lowbit.search.pipeline",
 }
 

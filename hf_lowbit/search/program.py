@@ -119,7 +119,7 @@ def search(
     was_training = model.training
     model.eval()
     try:
-        calibration = _prepare(model, config, data, kl_samples if metric == "kl" else None)
+        calibration = prepare(model, config, data, kl_samples if metric == "kl" else None)
         groups = tied
         if fuse:
             fused = fused_groups(model, {name: planned[0] for name, planned in options.items()}, calibration.batches[0])
@@ -188,7 +188,8 @@ def _front(group: Sequence[_Unit], options: Options) -> list[tuple[Option, tuple
     return front
 
 
-def _prepare(model: nn.Module, config: LowbitConfig, data: Any, most: int | None) -> CalibrationData:
+def prepare(model: nn.Module, config: LowbitConfig, data: Any, most: int | None = None) -> CalibrationData:
+    """The batches that a search measures on; of ``most`` samples, one to a batch, where that is given."""
     source = config.dataset if data is None else data
     if source is None:
         raise ConfigError(

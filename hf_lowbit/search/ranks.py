@@ -46,9 +46,9 @@ def choose_ranks(model: nn.Module, config: LowbitConfig, batches: Sequence[dict[
     )
 
 
-def on_batches(config: LowbitConfig, batches: Sequence[dict[str, Any]]) -> LowbitConfig:
-    """The config with a few of the batches at hand as all of its data."""
-    data = list(batches[:_SEARCHED])
+def on_batches(config: LowbitConfig, batches: Sequence[dict[str, Any]], most: int = _SEARCHED) -> LowbitConfig:
+    """The config with a few of the batches at hand, at most ``most``, as all of its data."""
+    data = list(batches[:most])
     asked = config.copy_with_data(data)
     asked.num_samples = sum(max(len(value) for value in batch.values() if isinstance(value, Tensor)) for batch in data)
     return asked
