@@ -52,14 +52,24 @@ _SHORT = {
 }  # the promises do not depend on how long a method trains
 
 
+def bits_of(method: Any) -> int:
+    """4, or what the method is for where it takes no other."""
+    try:
+        method.config_class(bits=4)
+    except hf_lowbit.ConfigError:
+        return int(method.config_class().bits)
+    return 4
+
+
 def config_of(method: Any, tiny: TinyModel) -> Any:
-    """A method's 4-bit config, with data where it calibrates."""
+    """A method's 4-bit config (see :func:`bits_of`), with data where it calibrates."""
+    bits = bits_of(method)
     short = {name: value for name, value in _SHORT.items() if name in method.config_class.__dataclass_fields__}
     if method.config_class().low_rank is not None:  # its own branch: layers here are small
         short["low_rank"] = hf_lowbit.LowRankConfig(rank=2)
     if not method.needs_data:
-        return method.config_class(bits=4, **short)
-    return method.config_class(bits=4, dataset=data_of(tiny), num_samples=2, **short)
+        return method.config_class(bits=bits, **short)
+    return method.config_class(bits=bits, dataset=data_of(tiny), num_samples=2, **short)
 
 
 def data_of(tiny: TinyModel) -> list[dict[str, Any]]:
@@ -107,6 +117,7 @@ def artefact(
 
 _SLOWEST = ("unet", "mamba", "mamba2", "llama_tied")
 _DENOISERS = ("text_unet", "dit")
+_MIXERS = {"quamba": ("mamba",), "quamba2": ("mamba", "mamba2")}  # state-space methods: the models they are for
 
 
 def is_slow(method: Any, tiny: TinyModel) -> bool:
@@ -114,8 +125,10 @@ def is_slow(method: Any, tiny: TinyModel) -> bool:
 
     The slowest architectures, for methods that calibrate; GPTQ stands for them. Denoisers, but for it and round to
     nearest; for methods of diffusion models alone all but a transformer of each sort, and where the text is treated
-    apart the U-Net that reads it.
+    apart the U-Net that reads it. State-space methods run on the last generation that they are for.
     """
+    if method.name in _MIXERS:
+        return tiny.name != _MIXERS[method.name][-1]
     if method.domains == ("diffusion",):
         return tiny.name not in ("dit", "llama") and (method.name, tiny.name) != ("mixdq", "text_unet")
     if tiny.name in _DENOISERS:
@@ -125,6 +138,8 @@ def is_slow(method: Any, tiny: TinyModel) -> bool:
 
 def is_refused(method: Any, tiny: TinyModel) -> bool:
     """Whether the method's defaults ask for what the model does not have: the plugin's own tests see it refused."""
+    if method.config_class.packs_mixers:
+        return tiny.name not in _MIXERS.get(method.name, ("mamba", "mamba2"))
     return method.config_class().activation_timesteps and not tiny.is_denoiser
 
 

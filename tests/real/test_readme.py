@@ -22,7 +22,8 @@ def test_examples_run(tmp_path: Path) -> None:
     program = "\n".join(block for block in blocks if "push_to_hub" not in block)
     assert program.count("from_pretrained") >= 6
     places = {"HuggingFaceTB/SmolLM2-135M-Instruct": smollm2(), "openai/whisper-tiny.en": whisper_tiny_en()}
-    for name, folder in {**places, "tests/assets/sd-fashion": ROOT / "tests/assets/sd-fashion"}.items():
+    assets = ("sd-fashion", "mamba2-debian", "debian-text/calibration.txt")
+    for name, folder in {**places, **{f"tests/assets/{name}": ROOT / "tests/assets" / name for name in assets}}.items():
         assert f'"{name}"' in program
         program = program.replace(f'"{name}"', f'"{folder}"')
     (tmp_path / "prose.txt").write_text(calibration_text())
@@ -31,5 +32,7 @@ def test_examples_run(tmp_path: Path) -> None:
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert {"smollm2-4bit", "sd-fashion-8bit", "my-adapter"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"smollm2-4bit", "sd-fashion-8bit", "mamba2-8bit", "my-adapter"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
     assert float(result.stdout.split()[0]) < 4.6

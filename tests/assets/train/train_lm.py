@@ -53,19 +53,26 @@ PAGES = (
 END = "<|endoftext|>"
 
 
+def pages(root: pathlib.Path = pathlib.Path("/usr/share/doc")) -> dict[str, str]:
+    """Path of each page with enough prose -> its prose; the first and every twentieth after it are held out."""
+    found = {}
+    for page in sorted(p for pattern in PAGES for p in glob.glob(f"{root}/{pattern}", recursive=True)):
+        source = pathlib.Path(page).read_text(errors="ignore")
+        source = re.sub(r"(?is)<(script|style|pre|head|nav)[ >].*?</\1>", " ", source)
+        source = re.sub(r"(?i)<(/p|/h\d|br|/li|/div|/dd)[^>]*>", "\n", source)
+        source = html.unescape(re.sub(r"<[^>]+>", "", source))
+        lines = (re.sub(r"\s+", " ", line).strip() for line in source.split("\n"))
+        prose = "\n".join(line for line in lines if len(line) > 40)
+        if len(prose) > 2000:
+            found[page] = prose
+    return found
+
+
 def documents(folder: pathlib.Path, name: str) -> list[str]:
     """The documents of ``lm_<name>.txt``, which is made from the installed Debian packages if it is absent."""
     if not (folder / f"lm_{name}.txt").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        found = []
-        for page in sorted(p for pattern in PAGES for p in glob.glob(f"/usr/share/doc/{pattern}", recursive=True)):
-            source = pathlib.Path(page).read_text(errors="ignore")
-            source = re.sub(r"(?is)<(script|style|pre|head|nav)[ >].*?</\1>", " ", source)
-            source = re.sub(r"(?i)<(/p|/h\d|br|/li|/div|/dd)[^>]*>", "\n", source)
-            source = html.unescape(re.sub(r"<[^>]+>", "", source))
-            lines = (re.sub(r"\s+", " ", line).strip() for line in source.split("\n"))
-            found.append("\n".join(line for line in lines if len(line) > 40))
-        found = [document for document in found if len(document) > 2000]
+        found = list(pages().values())
         (folder / "lm_train.txt").write_text("\n\n".join(d for i, d in enumerate(found) if i % 20))
         (folder / "lm_validation.txt").write_text("\n\n".join(found[::20]))
     return (folder / f"lm_{name}.txt").read_text().split("\n\n")
