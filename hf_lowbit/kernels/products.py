@@ -14,10 +14,10 @@ from torch import Tensor
 from hf_lowbit.formats import ActivationSpec, PackedTensor, decode
 from hf_lowbit.formats import decode_rows as reference_rows
 from hf_lowbit.formats.packed import with_plain_scales
-from hf_lowbit.kernels import cpu
+from hf_lowbit.kernels import cpu, triton
 from hf_lowbit.kernels.activation import Codes, quantize_tokens
 from hf_lowbit.kernels.reference import reference_gradient, reference_product
-from hf_lowbit.kernels.routes import multiplies_grid, native, route
+from hf_lowbit.kernels.routes import gpu_runs, multiplies_grid, native, on_gpu, route
 from hf_lowbit.kernels.shifted import shifted_product
 from hf_lowbit.kernels.sliced import sliced_linear
 from hf_lowbit.kernels.tiles import tiled_gradient, tiled_product
@@ -34,11 +34,20 @@ def product(
 ) -> Tensor:
     """x ``[..., columns]`` times a packed ``[rows, columns]``: ``[..., rows]`` in x's type."""
     packed = with_plain_scales(packed)
-    if activation is None:  # the commonest case by the shortest way: a token takes hundreds of these
+    if activation is None:  # the commonest cases by the shortest way: a token takes hundreds of these
         matrix = native(packed, x.device, x.dtype, backend)
         tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if matrix is not None and route(tokens, matrix, None) == "native":
             (result,) = cpu.linear(tokens, (matrix,))
+            return result if x.dim() == 2 else result.view(*x.shape[:-1], matrix.rows)
+        if (gpu := on_gpu(packed, x.device, x.dtype, backend)) is not None:
+            return triton.linear(tokens, gpu).view(*x.shape[:-1], gpu.rows)
+    elif input_scale is not None and input_shift is None:
+        matrix = native(packed, x.device, x.dtype, backend)
+        tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        if matrix is not None and packed.columns == x.shape[-1] and route(tokens, matrix, activation) == "int8":
+            codes, scale, _ = quantize_tokens(tokens, activation, input_scale)
+            (result,) = cpu.linear_int8(codes, scale, (matrix,), x.dtype)
             return result if x.dim() == 2 else result.view(*x.shape[:-1], matrix.rows)
     return products(x, [packed], activation, backend, input_scale, input_shift, [sums])[0]
 
@@ -62,7 +71,10 @@ def products(
     if activation is None:
         results = _products_of_floats(tokens, [with_plain_scales(packed) for packed in weights], backend)
     else:
-        inputs = quantize_tokens(tokens, activation, input_scale, input_shift)
+        if gpu_runs(tokens.device, backend) and triton.quantizes(tokens, activation):
+            inputs = Codes(*triton.quantize_tokens(tokens, activation))
+        else:
+            inputs = quantize_tokens(tokens, activation, input_scale, input_shift)
         results = products_of_codes(inputs, weights, activation, backend, x.dtype, sums)
     return [result.reshape(*leading, result.shape[-1]) for result in results]
 
@@ -93,12 +105,24 @@ def products_of_codes(
     for index, (packed, matrix) in enumerate(zip(weights, matrices, strict=True)):
         if id(matrix) in done:
             result = done[id(matrix)]
+        elif (own := _codes_on_gpu(inputs, packed, activation, backend, wide)) is not None:
+            result = own
         elif matrix is not None and multiplies_grid(activation):
             result = _products_of_floats(codes.float(), [packed], backend)[0] * scale
         else:
             result = sliced_linear(codes, scale, packed, dtype)
         results.append(shifted_product(result, inputs, packed, sums[index] if sums else None).to(dtype))
     return results
+
+
+def _codes_on_gpu(
+    inputs: Codes, packed: PackedTensor, activation: ActivationSpec, backend: str | None, dtype: torch.dtype
+) -> Tensor | None:
+    """Products of codes by the Triton kernels; None where they have none."""
+    gpu = on_gpu(packed, inputs.codes.device, torch.bfloat16, backend)
+    if gpu is None or not triton.multiplies_codes(gpu, activation):
+        return None
+    return triton.linear_of_codes(inputs.codes, inputs.scale, gpu, dtype)
 
 
 def convolution_of_codes(
@@ -133,7 +157,9 @@ def _products_of_floats(tokens: Tensor, weights: Sequence[PackedTensor], backend
     done = {id(matrix): result for matrix, result in zip(chosen, computed, strict=True)}
     results = []
     for packed, matrix in zip(weights, matrices, strict=True):
-        if matrix is None:
+        if (gpu := on_gpu(packed, tokens.device, tokens.dtype, backend)) is not None:
+            results.append(triton.linear(tokens, gpu))
+        elif matrix is None:
             results.append(reference_product(tokens, packed, None))
         else:
             results.append(done[id(matrix)] if id(matrix) in done else tiled_product(tokens, matrix))
@@ -144,7 +170,10 @@ def input_gradient(gradient: Tensor, packed: PackedTensor, backend: str | None) 
     """Gradient ``[..., rows]`` of a product to that of its input, ``[..., columns]``."""
     tokens, packed = gradient.reshape(-1, gradient.shape[-1]), with_plain_scales(packed)
     matrix = native(packed, gradient.device, gradient.dtype, backend)
-    result = reference_gradient(tokens, packed) if matrix is None else tiled_gradient(tokens, matrix)
+    if (gpu := on_gpu(packed, gradient.device, gradient.dtype, backend)) is not None:
+        result = triton.linear_gradient(tokens, gpu)
+    else:
+        result = reference_gradient(tokens, packed) if matrix is None else tiled_gradient(tokens, matrix)
     return result.reshape(*gradient.shape[:-1], result.shape[-1])
 
 
@@ -153,6 +182,8 @@ def decode_matrix(packed: PackedTensor, dtype: torch.dtype = torch.float32, back
     packed = with_plain_scales(packed)
     if packed.weight.dim() > 2:
         return torch.stack([decode_matrix(packed[i], dtype, backend) for i in range(packed.weight.shape[0])])
+    if (gpu := on_gpu(packed, packed.weight.device, dtype, backend)) is not None:
+        return triton.decode_rows(gpu, slice(None), dtype)
     matrix = native(packed, packed.weight.device, dtype, backend)
     return decode(packed, dtype) if matrix is None else cpu.decode_rows(matrix, slice(None), dtype)
 

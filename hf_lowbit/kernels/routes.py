@@ -1,5 +1,7 @@
 """Which way a product takes: the one table of crossovers, as benchmarks/crossovers.py measures them.
 
+On an NVIDIA GPU the Triton kernels have their own (see :mod:`hf_lowbit.kernels.triton.products`). On a CPU:
+
 - reference: decode everything with torch, multiply with torch;
 - native: the native kernel, which decodes codes in registers and reads them once per four or eight tokens; where it has
   a matrix unit, once per 128, and then it takes any number of tokens;
@@ -19,9 +21,9 @@ from torch import Tensor
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor
 from hf_lowbit.formats.packed import with_plain_scales
-from hf_lowbit.kernels import cpu
+from hf_lowbit.kernels import cpu, triton
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 # The most tokens for which decoding in registers beats decoding into a tile, by whether torch multiplies the input's
 # type faster than float32 here. Integer inputs always take the native kernel: unpacking with torch costs more than it.
@@ -48,21 +50,39 @@ def route(x: Tensor, matrix: cpu.Matrix | None, activation: ActivationSpec | Non
 
 def native(packed: PackedTensor, device: torch.device, dtype: torch.dtype, backend: str | None) -> cpu.Matrix | None:
     """The native view of a weight, for inputs on ``device`` and floats of ``dtype``; None if torch has to do it."""
-    if backend == "reference" or device.type != "cpu" or dtype not in cpu.FLOAT_TYPES or not cpu.available():
+    if backend not in (None, "cpu") or device.type != "cpu" or dtype not in cpu.FLOAT_TYPES or not cpu.available():
         return None
     return cpu.describe(packed)
+
+
+def on_gpu(packed: PackedTensor, device: torch.device, dtype: torch.dtype, backend: str | None) -> triton.Matrix | None:
+    """The view of a weight for the Triton kernels, likewise; on CPU tensors only where they are forced, interpreted."""
+    if not gpu_runs(device, backend) or packed.weight.device != device:
+        return None
+    return triton.describe(packed, dtype)
+
+
+def gpu_runs(device: torch.device, backend: str | None) -> bool:
+    """Whether inputs on ``device`` are for the Triton kernels."""
+    return (backend == "triton" or (backend is None and device.type == "cuda")) and triton.runs_on(device)
 
 
 def kernel_of(packed: PackedTensor, activation: ActivationSpec | None, backend: str | None) -> str:
     """Which kernel multiplies few tokens with this weight where it lies now: for reports.
 
     "torch"; "cpu"; or "cpu, row by row" for layouts that the native kernel decodes before it multiplies, at several
-    times the cost: groups that cut a lane's run of codes. Multiples of 32 never do, in base 3 multiples of 5. With
-    ", scales decoded" where scales are codes, which torch decodes at every product.
+    times the cost: groups that cut a lane's run of codes. Multiples of 32 never do, in base 3 multiples of 5. On a GPU
+    "triton", or "triton, decoded" for layouts that are decoded to memory first. With ", scales decoded" where scales
+    are codes, which torch decodes at every product.
     """
     if packed.scale_range is not None:
         return f"{kernel_of(with_plain_scales(packed), activation, backend)}, scales decoded"
     first = packed[0] if packed.weight.dim() > 2 else packed
+    gpu = on_gpu(first, first.weight.device, torch.bfloat16, backend)
+    if gpu is not None:
+        if activation is not None:
+            return "triton" if triton.multiplies_codes(gpu, activation) else "torch"
+        return "triton" if triton.is_fused(gpu) else "triton, decoded"
     matrix = native(first, first.weight.device, torch.float32, backend)
     if matrix is None:
         return "torch"
@@ -98,8 +118,8 @@ def why_not(backend: str | None) -> str | None:
         return None
     if backend not in BACKENDS:
         return f"backend {backend!r} does not exist; there are: {', '.join(BACKENDS)}"
-    reason = cpu.unavailable_because()
-    return None if reason is None else f"backend 'cpu' does not run here ({reason}); 'reference' does"
+    reason = cpu.unavailable_because() if backend == "cpu" else triton.unavailable_because()
+    return None if reason is None else f"backend {backend!r} does not run here ({reason}); 'reference' does"
 
 
 @cache

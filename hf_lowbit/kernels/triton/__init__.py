@@ -1,0 +1,34 @@
+"""The Triton kernels for NVIDIA GPUs, working on packed tensors as they lie on disk.
+
+Importing this does not import Triton: that happens when a kernel is first launched.
+"""
+
+from hf_lowbit.kernels.triton.device import interpreted, runs_on, unavailable_because
+from hf_lowbit.kernels.triton.matrix import FLOAT_TYPES, Matrix, describe
+from hf_lowbit.kernels.triton.products import (
+    decode_rows,
+    is_fused,
+    linear,
+    linear_gradient,
+    linear_of_codes,
+    multiplies_codes,
+    quantize_tokens,
+    quantizes,
+)
+
+__all__ = [
+    "FLOAT_TYPES",
+    "Matrix",
+    "decode_rows",
+    "describe",
+    "interpreted",
+    "is_fused",
+    "linear",
+    "linear_gradient",
+    "linear_of_codes",
+    "multiplies_codes",
+    "quantize_tokens",
+    "quantizes",
+    "runs_on",
+    "unavailable_because",
+]

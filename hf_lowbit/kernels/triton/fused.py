@@ -1,0 +1,140 @@
+# mypy: disable-error-code="no-untyped-def"
+"""The Triton kernel that multiplies packed codes as it reads them, for few tokens.
+
+A tile of codes is loaded as it lies in memory, 16 bits (a chunk) at a time. The i-th codes of all chunks are one
+operand of the tensor cores, and the inputs that belong to them the other: a sum does not depend on its order, so codes
+never have to be put into theirs. Tiles are ``[slices, rows, chunks]``: each warp has slices of its own.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hf_lowbit.kernels.triton.decode import read_zero_point
+
+
+@triton.jit
+def follow(DEPENDENT: tl.constexpr):
+    """Where kernels are launched before the one ahead ends: wait for what it writes, and let the next one come."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def read_inputs(place, m, tokens, stride, known, SHAPE: tl.constexpr, SINGLE: tl.constexpr, WHOLE: tl.constexpr):
+    """Several inputs at a time, as one integer each. Of a single token all columns are alike: the first is stored."""
+    if SINGLE:
+        if WHOLE:
+            return tl.broadcast_to(tl.load(place), SHAPE)
+        return tl.broadcast_to(tl.load(place, mask=known, other=0), SHAPE)
+    if WHOLE:
+        return tl.load(place + m * stride, mask=m < tokens, other=0)
+    return tl.load(place + m * stride, mask=(m < tokens) & known, other=0)
+
+
+@triton.jit
+def finish(
+    total, x_scale_ptr, out_ptr, first, tokens, rows, X_SCALE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr
+):
+    """Sums of the slices, times the scales of the tokens, to where they belong."""
+    result = tl.sum(total, 0)
+    row = first + tl.arange(0, ROWS)[:, None]
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[None, :]
+    if X_SCALE:
+        result *= tl.load(x_scale_ptr + token, mask=token < tokens, other=0.0)
+    place = token.to(tl.int64) * rows + row
+    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=(token < tokens) & (row < rows))
+
+
+@triton.jit
+def fused(
+    x_ptr, words_ptr, scale_ptr, zero_ptr, table_ptr, grid_ptr, x_scale_ptr, out_ptr,
+    tokens, rows, chunks, words, groups, zero_words, scale_stride, x_stride, step, offset,
+    BITS: tl.constexpr, COUNT: tl.constexpr, INSTRUCTIONS: tl.constexpr, OPERANDS: tl.constexpr,
+    OFFSET: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr,
+    X_SCALE: tl.constexpr, SUMS: tl.constexpr, GROUP_SLICES: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
+    SINGLE: tl.constexpr, DEPENDENT: tl.constexpr,
+    SLICES: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Inputs ``[tokens, columns]`` times codes of 1, 2, 4 or 8 bits: ``[tokens, rows]``.
+
+    Slices lie within one group of weights (GROUP_SLICES of them make one; 0: a row is a group), or have PARTS of them,
+    so that scales multiply float32 sums and not weights; and so do ``step``, ``offset`` and zero points, the latter two
+    times the sum of the inputs (SUMS). ``table_ptr`` is of the inputs' type, ``grid_ptr`` float32. WHOLE: rows end with
+    a tile.
+    """
+    follow(DEPENDENT)
+    PER_LOAD: tl.constexpr = min(COUNT, 4)
+    LOADS: tl.constexpr = COUNT // PER_LOAD
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    SHAPE: tl.constexpr = [SLICES, CHUNKS, TOKENS]
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    s = tl.arange(0, SLICES)[:, None, None]
+    r = tl.minimum(tl.arange(0, ROWS), (rows - 1 - first).to(tl.int32))[None, :, None]  # past the last: not stored
+    m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[None, None, :]
+    across = tl.arange(0, CHUNKS)[None, None, :]
+    down = tl.arange(0, CHUNKS)[None, :, None]
+    codes_ptr = words_ptr.to(tl.pointer_type(tl.int16)) + first * (words * 2)
+    inputs_ptr = x_ptr.to(tl.pointer_type(tl.int64 if PER_LOAD == 4 else tl.int32))
+    scales_ptr = scale_ptr.to(tl.pointer_type(SCALE)) + first * scale_stride
+    ones = tl.full([SLICES, ROWS, CHUNKS], 1.0, tl.float32).to(TYPE)
+    total = tl.zeros([SLICES, ROWS, TOKENS], tl.float32)
+    sums = tl.zeros([SLICES, ROWS, TOKENS], tl.float32)
+    for tile in tl.range(0, tl.cdiv(chunks, SLICES * CHUNKS), num_stages=STAGES):
+        piece = tile * SLICES + s
+        chunk = piece * CHUNKS
+        if WHOLE:
+            codes = tl.load(codes_ptr + r * (words * 2) + (chunk + across))
+        else:
+            codes = tl.load(codes_ptr + r * (words * 2) + (chunk + across), mask=chunk + across < chunks, other=0)
+        if INSTRUCTIONS is not None:
+            values = tl.inline_asm_elementwise(
+                INSTRUCTIONS, OPERANDS, [codes], dtype=(tl.int16,) * COUNT, is_pure=True, pack=2
+            )
+        for part in tl.static_range(PARTS):
+            if GROUP_SLICES > 0:
+                dots = tl.zeros([SLICES, ROWS, TOKENS], tl.float32)
+                sums = tl.zeros([SLICES, ROWS, TOKENS], tl.float32)
+            else:
+                dots = total
+            for j in tl.static_range(LOADS):
+                place = inputs_ptr + (chunk + down) * LOADS + j
+                if PARTS > 1:  # the others' inputs are zeros
+                    known = (chunk + down < chunks) & (down // (CHUNKS // PARTS) == part)
+                else:
+                    known = chunk + down < chunks
+                packed = read_inputs(place, m, tokens, x_stride, known, SHAPE, SINGLE, WHOLE and PARTS == 1)
+                for i in tl.static_range(PER_LOAD):
+                    if INSTRUCTIONS is None:
+                        code = (codes >> (BITS * (j * PER_LOAD + i))) & ((1 << BITS) - 1)
+                        value = tl.load(table_ptr + code.to(tl.int32))
+                    else:
+                        value = values[j * PER_LOAD + i].to(TYPE, bitcast=True)
+                    x = (packed >> (16 * i)).to(tl.int16).to(TYPE, bitcast=True)
+                    dots = tl.dot(value, x, dots)
+                    if SUMS:
+                        sums = tl.dot(ones, x, sums)
+            if GROUP_SLICES > 0:
+                group = piece * PARTS + part if PARTS > 1 else piece // GROUP_SLICES
+                group = group if WHOLE else tl.minimum(group, groups - 1)
+                if SUMS:
+                    dots = dots * step + sums * offset
+                if ZERO != 0:
+                    dots -= sums * read_zero_point(
+                        zero_ptr, (first + r) * (scale_stride > 0), group, zero_words, groups, grid_ptr, group < groups,
+                        BITS, ZERO, SCALE, OFFSET,
+                    )  # fmt: skip
+                total += dots * tl.load(scales_ptr + r * scale_stride + group).to(tl.float32)
+            else:
+                total = dots
+    if GROUP_SLICES == 0:
+        if SUMS:
+            total = total * step + sums * offset
+        if ZERO != 0:
+            total -= sums * read_zero_point(
+                zero_ptr, (first + r) * (scale_stride > 0), s * 0, zero_words, groups, grid_ptr, s >= 0,
+                BITS, ZERO, SCALE, OFFSET,
+            )  # fmt: skip
+        total *= tl.load(scales_ptr + r * scale_stride).to(tl.float32)
+    finish(total, x_scale_ptr, out_ptr, first, tokens, rows, X_SCALE, ROWS, TOKENS)

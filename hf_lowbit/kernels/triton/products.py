@@ -1,0 +1,156 @@
+"""The Triton products, on tensors: fused for few tokens, decoded tiles for many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_lowbit.formats import ActivationSpec
+from hf_lowbit.formats.packed import from_bits
+from hf_lowbit.kernels.triton.matrix import FLOAT_TYPES, Matrix
+
+# The most tokens for which decoding in registers beats decoding to memory and a product of floats, by width: the
+# narrower, the more inputs there are to each byte.
+FUSED_TOKENS = {1: 8, 2: 16, 4: 64, 8: 32}
+_TILE_ELEMENTS = 1 << 27  # decoded at a time in forward: 256 MB in 16 bits, any matrix of an 8B model but its head
+_GRADIENT_ELEMENTS = 1 << 22
+_MOST_COLUMNS = 1 << 15  # of a token that one block reads
+_UNIT_MULTIPLE = 16  # of every side of a product in int8 or float8
+_FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "fp_e4m3fn": torch.float8_e4m3fn}
+
+
+def is_fused(matrix: Matrix) -> bool:
+    """Whether few tokens are multiplied while codes are read; else rows are decoded to memory first."""
+    return matrix.layout.tiling is not None
+
+
+def linear(x: Tensor, matrix: Matrix) -> Tensor:
+    """x ``[m, columns]`` times a packed matrix, summed in float32: ``[m, rows]`` in x's type.
+
+    float32 inputs, many tokens, and layouts that do not fit the fused kernels take tiles of decoded rows.
+    """
+    if not x.shape[0]:
+        return x.new_empty(0, matrix.rows)
+    if is_fused(matrix) and x.shape[0] <= _most_fused(matrix):
+        from hf_lowbit.kernels.triton.launch import launch_fused
+
+        return launch_fused(x, matrix, None, x.dtype)
+    if matrix.rows * matrix.columns <= _TILE_ELEMENTS:
+        return F.linear(x, decode_rows(matrix, slice(None), x.dtype))
+    result = x.new_empty(x.shape[0], matrix.rows)
+    for rows, tile in _tiles(matrix, x.dtype, _TILE_ELEMENTS):
+        result[:, rows] = x @ tile.t()
+    return result
+
+
+def quantizes(x: Tensor, activation: ActivationSpec) -> bool:
+    """Whether :func:`quantize_tokens` takes these: symmetric integers with a scale of each token's own."""
+    simple = activation.format == "int" and activation.symmetric and not activation.static
+    return simple and activation.group_size is None and x.dtype in FLOAT_TYPES and 0 < x.shape[1] <= _MOST_COLUMNS
+
+
+def quantize_tokens(x: Tensor, activation: ActivationSpec) -> tuple[Tensor, Tensor]:
+    """int8 codes of x ``[m, columns]`` and float32 scales ``[m, 1]``: those of the reference, in one pass."""
+    if not x.shape[0]:
+        return torch.empty(x.shape, dtype=torch.int8, device=x.device), torch.empty(0, 1, device=x.device)
+    from hf_lowbit.kernels.triton.launch import launch_quantize
+
+    return launch_quantize(x, activation.limit)
+
+
+def multiplies_codes(matrix: Matrix, activation: ActivationSpec) -> bool:
+    """Whether :func:`linear_of_codes` takes these inputs: one scale per token, and both sides exact in bfloat16."""
+    exact = activation.format in ("int", "float8_e4m3fn") or activation.floating_point is not None
+    return activation.group_size is None and exact and is_fused(matrix) and matrix.layout.is_exact
+
+
+def linear_of_codes(codes: Tensor, scale: Tensor, matrix: Matrix, dtype: torch.dtype) -> Tensor | None:
+    """Codes ``[m, columns]`` with float32 scales ``[m, 1]`` times a packed matrix described for bfloat16.
+
+    Returns:
+        ``[m, rows]`` in ``dtype``. Many tokens take the int8 units, codes decoded to int8 first, or those for float8,
+        where rows have one scale; else None.
+    """
+    if not codes.shape[0]:
+        return torch.empty(0, matrix.rows, dtype=dtype, device=codes.device)
+    from hf_lowbit.kernels.triton.launch import launch_fused
+
+    if codes.shape[0] <= _most_fused(matrix):
+        return launch_fused(codes.to(torch.bfloat16), matrix, scale.contiguous(), dtype)
+    spec = matrix.packed.spec
+    if spec.groups(matrix.columns) > 1 or not spec.symmetric or (matrix.columns | matrix.rows) % _UNIT_MULTIPLE:
+        return None
+    if codes.dtype == torch.int8 and spec.number_format.integer_multiplier is not None:
+        return _int8_product(codes, scale, matrix, dtype)
+    if (
+        codes.dtype == torch.float8_e4m3fn == _FLOAT8.get(spec.format)
+        and dtype == torch.bfloat16
+        and _has_float8(codes)
+    ):
+        weight = matrix.packed.weight.view(torch.float8_e4m3fn)
+        row_scale = from_bits(matrix.packed.scale, spec.scale_dtype).expand(matrix.rows, 1)
+        return torch._scaled_mm(codes, weight.t(), scale, row_scale.t().contiguous(), out_dtype=dtype)
+    return None
+
+
+def _int8_product(codes: Tensor, scale: Tensor, matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """Integer sums of codes and of integers that the weight's table is a fraction of, scaled on both sides."""
+    from hf_lowbit.kernels.triton.launch import launch_decode, launch_rescale
+
+    multiplier = matrix.packed.spec.number_format.integer_multiplier or 1
+    integers = torch.empty(matrix.rows, matrix.columns, dtype=torch.int8, device=codes.device)
+    launch_decode(matrix, 0, None, integers, table=matrix.table(torch.float32) * multiplier, scaled=False)
+    sums = torch._int_mm(codes, integers.t())
+    row_scale = from_bits(matrix.packed.scale, matrix.packed.spec.scale_dtype).expand(matrix.rows, 1) / multiplier
+    return launch_rescale(sums, scale, row_scale, dtype)
+
+
+def linear_gradient(gradient: Tensor, matrix: Matrix) -> Tensor:
+    """Gradient ``[m, rows]`` times the weight: ``[m, columns]`` in the gradient's type, summed in float32."""
+    if matrix.rows * matrix.columns <= _GRADIENT_ELEMENTS:
+        return gradient @ decode_rows(matrix, slice(None), gradient.dtype)
+    result = torch.zeros(gradient.shape[0], matrix.columns, device=gradient.device)
+    for rows, tile in _tiles(matrix, gradient.dtype, _GRADIENT_ELEMENTS):
+        result += gradient[:, rows] @ tile
+    return result.to(gradient.dtype)
+
+
+def decode_rows(matrix: Matrix, rows: slice | Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Decoded rows ``[n, columns]``, equal to the torch reference to the last bit; into ``out`` if it is given.
+
+    Rows of an index are not checked: that would wait for the GPU.
+    """
+    from hf_lowbit.kernels.triton.launch import launch_decode
+
+    index, start = None, 0
+    if isinstance(rows, slice):
+        start, stop, _ = rows.indices(matrix.rows)
+        n = max(0, stop - start)
+    else:
+        index = rows.to(torch.int64).contiguous()
+        n = index.numel()
+    if out is None:
+        out = torch.empty(n, matrix.columns, dtype=dtype, device=matrix.packed.weight.device)
+    if n:
+        launch_decode(matrix, start, index, out)
+    return out
+
+
+def _most_fused(matrix: Matrix) -> int:
+    return FUSED_TOKENS[matrix.packed.spec.bits]
+
+
+def _has_float8(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
+def _tiles(matrix: Matrix, dtype: torch.dtype, elements: int) -> Iterator[tuple[slice, Tensor]]:
+    """Row ranges and their decoded rows, in one buffer that the next tile overwrites."""
+    step = max(16, elements // matrix.columns)
+    buffer = torch.empty(min(step, matrix.rows), matrix.columns, dtype=dtype, device=matrix.packed.weight.device)
+    for start in range(0, matrix.rows, step):
+        rows = slice(start, min(start + step, matrix.rows))
+        yield rows, decode_rows(matrix, rows, dtype, buffer[: rows.stop - start])

@@ -1,0 +1,146 @@
+"""How codes become operands of the tensor cores: PTX for two chunks of codes at a time.
+
+A code is put into the mantissa of a 16-bit float whose unit is one, so that base + code costs one instruction for two
+codes; what the base adds to a product is taken away from its float32 sum, not from every weight (compare Kim et al.
+2022, arXiv 2211.10017, and Frantar et al. 2024, arXiv 2408.11743, who subtract it there). Small floating-point formats
+are shifted into place and multiplied by a power of two. Other tables of sixteen values are looked up in registers, by
+instructions that pick bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from hf_lowbit.formats import WeightSpec
+
+CHUNK_BITS = 16
+
+
+@dataclass(frozen=True)
+class Unpacking:
+    """Values of a chunk's codes: step * (what is given - base) + start; a table's if nothing is.
+
+    Attributes:
+        instructions: PTX; the last operand is two chunks of 16 bits, ``$0`` and so on are pairs of floats: the first
+            codes of both, the second ones, and so on.
+        step, offset: of the sum of products: step * sum(v x) + offset * sum(x), offset = start - step * base.
+    """
+
+    instructions: str | None = None
+    step: float = 1.0
+    offset: float = 0.0
+
+
+TABLE = Unpacking()
+
+
+@lru_cache(maxsize=256)
+def unpacking(spec: WeightSpec, dtype: torch.dtype) -> Unpacking:
+    """For a number format and inputs of bfloat16 or float16; :data:`TABLE` where there is no arithmetic for it."""
+    if spec.has_fitted_table:
+        return TABLE
+    codes = torch.arange(2**spec.bits, dtype=torch.float32)
+    table = spec.number_format.table
+    written = codes < 3 if spec.format == "ternary" else torch.ones_like(codes, dtype=torch.bool)
+    start, step = float(table[0]), float(table[1] - table[0])
+    count = CHUNK_BITS // spec.bits
+    if torch.equal((start + step * codes)[written], table[written]):
+        base = -128 if dtype == torch.bfloat16 and spec.bits == 8 else 128 if dtype == torch.bfloat16 else 1024
+        return Unpacking(_block(_integer(spec.bits, i, count, dtype) for i in range(count)), step, start - step * base)
+    for exponent_bits in range(1, min(spec.bits, 6)):
+        if (factor := _factor(table, exponent_bits, dtype)) is not None:
+            return Unpacking(
+                _block(_minifloat(spec.bits, exponent_bits, factor, i, count, dtype) for i in range(count))
+            )
+    return Unpacking(_block([_look_up(table.to(dtype))])) if spec.bits == 4 else TABLE
+
+
+def _block(lines: Iterable[str]) -> str:
+    return "{ .reg .b32 t, a, b, c, e, f, g, h, k, m; " + " ".join(lines) + " }"
+
+
+def _integer(bits: int, index: int, count: int, dtype: torch.dtype) -> str:
+    shift, chunks = index * bits, f"${count}"
+    low = f"shr.u32 t, {chunks}, {shift};" if shift else f"mov.b32 t, {chunks};"
+    mask = _twice((1 << bits) - 1)
+    if dtype == torch.float16:  # 1024 + code
+        return f"{low} lop3.b32 ${index}, t, {mask}, {_twice(0x6400)}, 0xEA;"
+    if bits < 8:  # 128 + code
+        return f"{low} lop3.b32 ${index}, t, {mask}, {_twice(0x4300)}, 0xEA;"
+    # Eight bits do not fit the mantissa: 128 + the lower seven, less 128 or 256 as the highest bit is set or not.
+    return (
+        f"{low} lop3.b32 a, t, {_twice(0x7F)}, {_twice(0x4300)}, 0xEA; "
+        f"lop3.b32 b, t, {_twice(0x80)}, {_twice(0x4380)}, 0x6A; "
+        f"mov.b32 c, {_twice(0xBF80)}; fma.rn.bf16x2 ${index}, b, c, a;"
+    )
+
+
+def _minifloat(bits: int, exponent_bits: int, factor: float, index: int, count: int, dtype: torch.dtype) -> str:
+    """Sign to the highest bit, exponent and mantissa to where the type's exponent ends."""
+    mantissa, name = (7, "bf16x2") if dtype == torch.bfloat16 else (10, "f16x2")
+    shift, chunks = index * bits, f"${count}"
+    up = mantissa - (bits - 1 - exponent_bits) - shift
+    move = f"shl.b32 m, {chunks}, {up};" if up >= 0 else f"shr.u32 m, {chunks}, {-up};"
+    magnitude = _twice(((1 << (bits - 1)) - 1) << (up + shift))
+    sign = f"shl.b32 a, {chunks}, {CHUNK_BITS - shift - bits};"
+    both = f"and.b32 m, m, {magnitude}; lop3.b32 m, a, {_twice(0x8000)}, m, 0xEA;"
+    scale = f"mov.b32 f, {_twice(_bits(factor, dtype))}; mov.b32 b, {_twice(0x8000)};"
+    return f"{move} {sign} {both} {scale} fma.rn.{name} ${index}, m, f, b;"
+
+
+def _look_up(table: torch.Tensor) -> str:
+    """Four codes of each chunk among sixteen values: low and high bytes of the lower and the upper eight, then one."""
+    halves = table.view(torch.int16).int() & 0xFFFF
+    low, high = ([int(value) for value in part] for part in (halves & 0xFF, halves >> 8))
+    words = [hex(sum(part[first + i] << 8 * i for i in range(4))) for part in (low, high) for first in range(0, 16, 4)]
+    low0, low1, low2, low3, high0, high1, high2, high3 = words
+    lines = ["mov.b32 t, $4;"]
+    for value_pairs in (("e", "f"), ("g", "h")):  # of the first chunk, and of the second
+        lines += [
+            "and.b32 a, t, 0x7777; shr.u32 m, t, 1; lop3.b32 m, m, 0x4444, 0x3210, 0xEA;",
+            f"mov.b32 b, {low0}; mov.b32 c, {low1}; prmt.b32 b, b, c, a;",
+            f"mov.b32 c, {low2}; mov.b32 k, {low3}; prmt.b32 c, c, k, a; prmt.b32 b, b, c, m;",
+            f"mov.b32 c, {high0}; mov.b32 k, {high1}; prmt.b32 c, c, k, a;",
+            f"mov.b32 k, {high2}; mov.b32 {value_pairs[0]}, {high3}; prmt.b32 k, k, {value_pairs[0]}, a;",
+            "prmt.b32 c, c, k, m;",
+            f"prmt.b32 {value_pairs[0]}, b, c, 0x5140; prmt.b32 {value_pairs[1]}, b, c, 0x7362; shr.u32 t, t, 16;",
+        ]
+    lines += ["prmt.b32 $0, e, g, 0x5410; prmt.b32 $1, e, g, 0x7632;"]
+    lines += ["prmt.b32 $2, f, h, 0x5410; prmt.b32 $3, f, h, 0x7632;"]
+    return " ".join(lines)
+
+
+def _factor(table: torch.Tensor, exponent_bits: int, dtype: torch.dtype) -> float | None:
+    """The power of two that turns a format's bits, in the place of the type's, into its values; None if none does.
+
+    Codes of infinity and NaN are never written and do not count.
+    """
+    bits, mantissa = (len(table) - 1).bit_length(), 7 if dtype == torch.bfloat16 else 10
+    up = mantissa - (bits - 1 - exponent_bits)
+    if up < 0 or (dtype == torch.float16 and exponent_bits > 5):
+        return None
+    codes = torch.arange(len(table), dtype=torch.int32)
+    raw = ((codes & (len(table) // 2 - 1)) << up).to(torch.int16).view(dtype).double()
+    raw = torch.where(codes >= len(table) // 2, -raw, raw)
+    usable = torch.isfinite(table) & torch.isfinite(raw)
+    if not torch.equal(usable, torch.isfinite(table)) or not float(raw[usable][-1]):
+        return None
+    factor = float(table[usable][-1] / raw[usable][-1])
+    fits = torch.tensor(factor).to(dtype).double() == factor
+    exact = torch.equal(raw[usable] * factor + 0.0, table[usable].double() + 0.0)
+    return factor if bool(fits) and exact else None
+
+
+def _bits(value: float, dtype: torch.dtype) -> int:
+    if dtype == torch.float16:
+        return int(struct.unpack("<H", struct.pack("<e", value))[0])
+    return int(struct.unpack("<I", struct.pack("<f", value))[0]) >> 16
+
+
+def _twice(half: int) -> str:
+    return hex(half << 16 | half)

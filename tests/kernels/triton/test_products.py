@@ -1,0 +1,161 @@
+"""Every Triton product against the torch reference: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats import ActivationSpec, PackedTensor, decode
+from hf_lowbit.kernels import kernel_of, packed_linear, packed_linears, quantize_tokens, triton
+from tests.kernels.cpu.matrices import FORMATS, random_packed
+
+DEVICE = "cpu" if triton.interpreted() else "cuda"
+# numpy has no bfloat16, and the interpreter is slow
+DTYPES = (torch.float32, torch.float16) if triton.interpreted() else tuple(triton.FLOAT_TYPES)
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+SHAPES = ((33, 576), (7, 101)) if triton.interpreted() else ((1, 192), (33, 576), (7, 101), (70, 1024))
+TOKENS = (1, 5) if triton.interpreted() else (1, 5, 12, 17, 70)
+
+
+def moved(packed: PackedTensor) -> PackedTensor:
+    """The same on the device."""
+    parts = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}
+    return PackedTensor(**{name: part.to(DEVICE) if isinstance(part, Tensor) else part for name, part in parts.items()})
+
+
+def inputs(tokens: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)) / 128
+    return x.to(dtype).to(DEVICE)
+
+
+def relative(y: Tensor, x: Tensor, packed: PackedTensor) -> float:
+    """Norm of the error over that of the product of magnitudes, to which rounding errors are proportional."""
+    weight, x = decode(packed).double(), x.double().cpu()
+    return float((y.double().cpu() - x @ weight.t()).norm() / (x.abs() @ weight.abs().t()).norm())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("group_size", (None, "tensor", 32, 64, 128))
+def test_equals_the_reference(name: str, group_size: int | str | None) -> None:
+    for rows, columns in SHAPES:
+        if isinstance(group_size, int) and columns % group_size:
+            continue
+        packed = random_packed(rows, columns, group_size=group_size, **FORMATS[name])
+        for dtype in DTYPES:
+            if "e5m2" in name and dtype == torch.float16:
+                continue  # its largest values, scaled, are too large
+            matrix = triton.describe(moved(packed), dtype)
+            assert matrix is not None
+            assert torch.equal(triton.decode_rows(matrix, slice(None), dtype).cpu(), decode(packed, dtype))
+            for tokens in TOKENS:
+                x = inputs(tokens, columns, dtype)
+                y = triton.linear(x, matrix)
+                assert y.dtype == dtype and y.shape == (tokens, rows)
+                assert relative(y, x, packed) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", ("int2", "int4", "int8"))
+@pytest.mark.parametrize("group_size", (None, 128, 64))
+def test_common_widths_are_multiplied_as_they_are_read(name: str, group_size: int | None) -> None:
+    matrix = triton.describe(moved(random_packed(8, 512, group_size=group_size, **FORMATS[name])), torch.float16)
+    assert matrix is not None and triton.is_fused(matrix)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("name", ("int2", "int4", "int4-zero", "int8", "nf4"))
+@pytest.mark.parametrize("tokens", (3, 12))
+def test_a_token_that_is_not_finite_stays_so_alone(value: float, name: str, tokens: int) -> None:
+    packed = random_packed(16, 256, group_size=64, **FORMATS[name])
+    x = torch.ones(tokens, 256, dtype=torch.float16)
+    x[1, 7] = value
+    y = packed_linear(x.to(DEVICE), moved(packed), backend="triton").cpu()
+    others = [index for index in range(tokens) if index != 1]
+    touched = decode(packed)[:, 7] != 0
+    assert not torch.isfinite(y[1][touched]).any() and torch.isfinite(y[others]).all()
+
+
+def test_rows_by_index_and_ranges() -> None:
+    packed = random_packed(50, 96, bits=3, group_size=32)
+    matrix = triton.describe(moved(packed), torch.float32)
+    assert matrix is not None
+    index = torch.tensor([49, 0, 7, 7])
+    assert torch.equal(triton.decode_rows(matrix, index.to(DEVICE), torch.float32).cpu(), decode(packed)[index])
+    assert torch.equal(triton.decode_rows(matrix, slice(5, 19), torch.float32).cpu(), decode(packed)[5:19])
+
+
+def test_strided_inputs_and_no_tokens() -> None:
+    matrix = triton.describe(moved(random_packed(12, 64, bits=4)), torch.float16)
+    assert matrix is not None
+    wide = inputs(5, 129, torch.float16)
+    for x in (wide[:, :64], wide[:, 1:65], wide.t()[:64].t()):
+        assert torch.equal(triton.linear(x, matrix), triton.linear(x.contiguous().clone(), matrix))
+    assert triton.linear(wide[:0, :64], matrix).shape == (0, 12)
+
+
+@pytest.mark.parametrize("tokens", (1, 24, 200))
+@pytest.mark.parametrize(
+    "activation",
+    (None, ActivationSpec("int", 8), ActivationSpec("int", 8, symmetric=False), ActivationSpec("float8_e4m3fn", 8)),
+    ids=str,
+)
+@pytest.mark.parametrize("fields", ({"bits": 4, "group_size": 64}, {"bits": 8}, {"format": "float8_e4m3fn", "bits": 8}))
+def test_every_route_agrees_with_the_reference_backend(
+    tokens: int, activation: ActivationSpec | None, fields: dict[str, object]
+) -> None:
+    packed, x = moved(random_packed(96, 256, **fields)), inputs(tokens, 256).half()
+    y, other = packed_linears(x, [packed, packed], activation, "triton")
+    reference = packed_linear(x, packed, activation, "reference")
+    assert torch.equal(y, other) and y.dtype == x.dtype
+    assert (y.double() - reference.double()).norm() < 1e-3 * reference.double().norm()
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+def test_sums_of_codes_are_exact(bits: int) -> None:
+    """Integers below 2^24: float32 holds every one."""
+    packed = random_packed(19, 128, bits=bits)
+    codes = torch.randint(-127, 128, (6, 128), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    if triton.interpreted():
+        pytest.skip("codes are multiplied in bfloat16")
+    matrix = triton.describe(moved(packed), torch.bfloat16)
+    assert matrix is not None and triton.multiplies_codes(matrix, ActivationSpec("int", 8))
+    scale = torch.rand(6, 1) + 0.5
+    y = triton.linear_of_codes(codes.to(DEVICE), scale.to(DEVICE), matrix, torch.float32)
+    assert y is not None
+    expected = (codes.double() * scale.double()) @ decode(packed).double().t()
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", (4, 8))
+def test_tokens_are_quantized_as_the_reference_does(bits: int, dtype: torch.dtype) -> None:
+    x = torch.cat([inputs(7, 300, dtype) * 100, torch.zeros(1, 300, dtype=dtype, device=DEVICE)])
+    activation = ActivationSpec("int", bits)
+    codes, scale = triton.quantize_tokens(x, activation)
+    expected = quantize_tokens(x.cpu(), activation)
+    assert torch.equal(codes.cpu(), expected.codes) and torch.equal(scale.cpu(), expected.scale)
+    x[2, 3] = float("nan")
+    assert not torch.isfinite(triton.quantize_tokens(x, activation)[1][2]).any()
+
+
+def test_gradients() -> None:
+    packed = moved(random_packed(48, 128, bits=4, group_size=64))
+    x = inputs(5, 128).requires_grad_()
+    packed_linear(x, packed, backend="triton").sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, decode(packed).sum(0).expand_as(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(triton.interpreted(), reason="compiled for a GPU")
+def test_compiled_whole_it_is_the_same() -> None:
+    packed, x = moved(random_packed(64, 256, bits=4, group_size=64)), inputs(3, 256).bfloat16()
+    compiled = torch.compile(lambda x: packed_linear(x, packed) + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(x), packed_linear(x, packed) + 1)
+
+
+def test_what_reports_say() -> None:
+    assert kernel_of(moved(random_packed(8, 256, bits=4, group_size=64)), None, "triton") == "triton"
+    assert kernel_of(moved(random_packed(8, 256, bits=3, group_size=64)), None, "triton") == "triton, decoded"
+    assert kernel_of(moved(random_packed(8, 256, bits=4)), None, "reference") == "torch"

@@ -1,0 +1,89 @@
+"""The instructions that unpack codes, run by a few lines of Python: no GPU is needed to know what they give."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats import WeightSpec
+from hf_lowbit.kernels.triton.unpack import CHUNK_BITS, TABLE, unpacking
+from tests.kernels.cpu.matrices import FORMATS
+
+ARITHMETIC = [
+    name
+    for name, fields in FORMATS.items()
+    if CHUNK_BITS % fields["bits"] == 0 and (name == "nf4" or not name.startswith(("nf", "power", "fitted")))
+]
+WITH_INSTRUCTIONS = [  # the others are looked up in memory
+    (name, dtype)
+    for name in ARITHMETIC
+    for dtype in (torch.bfloat16, torch.float16)
+    if unpacking(WeightSpec(**FORMATS[name]), dtype) != TABLE
+]
+
+
+def run(instructions: str, chunks: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
+    """PTX on pairs of chunks ``[n]`` in int64; the pairs of floats ``[n, 2]`` of each output."""
+    registers: dict[str, Tensor | int] = {f"${count}": chunks}
+
+    def read(name: str) -> Tensor:
+        value = registers[name] if name in registers else int(name, 0)
+        return torch.as_tensor(value, dtype=torch.int64)
+
+    def floats(name: str) -> Tensor:
+        value = read(name)
+        halves = torch.stack([value & 0xFFFF, value >> 16 & 0xFFFF], -1)
+        return torch.where(halves >= 2**15, halves - 2**16, halves).to(torch.int16).view(dtype).double()
+
+    def compute(name: str, operands: list[str]) -> Tensor:
+        if name.startswith("fma"):
+            x, y, z = (floats(operand) for operand in operands)
+            bits = (x * y + z).to(dtype).view(torch.int16).long() & 0xFFFF
+            return bits[..., 0] | bits[..., 1] << 16
+        a, *rest = (read(operand) for operand in operands)
+        if name == "prmt.b32":
+            octets = torch.stack([part.expand(chunks.shape) >> 8 * i & 255 for part in (a, rest[0]) for i in range(4)])
+            picks = [(rest[1].expand(chunks.shape) >> 4 * i & 15).unsqueeze(0) for i in range(4)]
+            assert all(bool((pick < 8).all()) for pick in picks)
+            return torch.stack([octets.gather(0, pick)[0] << 8 * i for i, pick in enumerate(picks)]).sum(0)
+        if name == "lop3.b32":
+            assert int(rest[2]) in (0xEA, 0x6A)
+            return (a & rest[0]) | rest[1] if int(rest[2]) == 0xEA else (a & rest[0]) ^ rest[1]
+        simple = {"mov.b32": lambda: a, "shr.u32": lambda: a >> rest[0], "and.b32": lambda: a & rest[0]}
+        return simple.get(name, lambda: a << rest[0] & 0xFFFFFFFF)()
+
+    for statement in instructions.strip("{} ").split(";"):
+        if statement.strip() and not statement.strip().startswith(".reg"):
+            name, out, *operands = re.split(r"[ ,]+", statement.strip())
+            registers[out] = compute(name, operands)
+    return [floats(f"${index}") for index in range(count)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), WITH_INSTRUCTIONS)
+def test_instructions_give_the_values_of_the_table(name: str, dtype: torch.dtype) -> None:
+    spec = WeightSpec(**FORMATS[name])
+    how, table = unpacking(spec, dtype), spec.number_format.table.double()
+    written = torch.arange(2**spec.bits)[torch.isfinite(table)]
+    written = written[written < 3] if spec.format == "ternary" else written
+    assert how.instructions is not None
+    count = CHUNK_BITS // spec.bits
+    codes = written[torch.randint(len(written), (300, 2, count), generator=torch.Generator().manual_seed(0))]
+    chunks = (codes << torch.arange(count) * spec.bits).sum(-1)
+    pairs = chunks[:, 0] | chunks[:, 1] << 16
+    for index, values in enumerate(run(how.instructions, pairs, count, dtype)):
+        expected = table[codes[:, :, index]]
+        expected = expected.to(dtype).double() if spec.format == "nf" else expected
+        assert torch.equal(how.step * values + how.offset, expected)
+
+
+def test_what_has_arithmetic() -> None:
+    for bits in (1, 2, 4, 8):
+        for dtype in (torch.bfloat16, torch.float16):
+            assert unpacking(WeightSpec(bits=bits), dtype).instructions is not None
+    for format in ("fp_e2m1", "float8_e4m3fn", "float8_e5m2"):
+        bits = 4 if format == "fp_e2m1" else 8
+        assert unpacking(WeightSpec(format=format, bits=bits), torch.bfloat16).instructions is not None
+    assert unpacking(WeightSpec(format="nf", bits=3), torch.bfloat16) == TABLE
