@@ -8,12 +8,15 @@ from typing import Any
 
 from hf_lowbit.evaluation.figure import new_figure
 
+_VARIANTS = ("nearest", "unrotated", "rotated", "no-groups", "neither", "kmeans", "mean", "99.95", "99.999")  # crowd it
+
 
 def draw(models: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Model -> rows; those without a divergence or a size are left out."""
+    """Model -> rows; those without a divergence or a size are left out, and variants that lie close to others."""
     figure = new_figure(7.5 * len(models), 6)
     for axes, (model, rows) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
         shown = [row for row in rows if row["method"] != "float" and "kl" in row and "checkpoint_bytes" in row]
+        shown = [row for row in shown if not row["name"].endswith(_VARIANTS)]
         for index, method in enumerate(dict.fromkeys(row["method"] for row in shown)):
             own = [row for row in shown if row["method"] == method]
             sizes, values = [row["checkpoint_bytes"] / 1e6 for row in own], [row["decode"]["kl"] for row in own]
@@ -27,5 +30,5 @@ def draw(models: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
         axes.grid(True, color="0.92", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False, loc="upper right")
+        axes.legend(fontsize=8, frameon=False, loc="lower left")
     figure.savefig(path, dpi=150)
