@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -28,13 +30,13 @@ class Sites(nn.Module):
     geometry: Geometry
 
     @property
+    @abstractmethod
     def mixer_spec(self) -> MixerSpec:
         """How it computes between its projections."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sites(self) -> dict[str, tuple[int, ...]]:
         """Site -> shape of its scale; empty for a mixer that computes in floats."""
-        raise NotImplementedError
 
     def site_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Parameter -> (shape, dtype) of all that is stored for the sites."""

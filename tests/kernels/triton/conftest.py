@@ -1,5 +1,8 @@
-"""Products are tested where Triton's kernels run: on a GPU, or in its interpreter (TRITON_INTERPRET=1)."""
+"""What is tested where: kernels on a GPU or in Triton's interpreter (TRITON_INTERPRET=1), refusals where neither is."""
 
 from hf_lowbit.kernels import triton
 
-collect_ignore = [] if triton.unavailable_because() is None else ["test_products.py"]
+if triton.unavailable_because() is not None:
+    collect_ignore = ["test_products.py", "test_gpu.py"]
+else:
+    collect_ignore = ["test_refused.py", *(["test_gpu.py"] if triton.interpreted() else [])]

@@ -112,22 +112,6 @@ def test_every_route_agrees_with_the_reference_backend(
     assert (y.double() - reference.double()).norm() < 1e-3 * reference.double().norm()
 
 
-@pytest.mark.parametrize("bits", (4, 8))
-def test_sums_of_codes_are_exact(bits: int) -> None:
-    """Integers below 2^24: float32 holds every one."""
-    packed = random_packed(19, 128, bits=bits)
-    codes = torch.randint(-127, 128, (6, 128), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
-    if triton.interpreted():
-        pytest.skip("codes are multiplied in bfloat16")
-    matrix = triton.describe(moved(packed), torch.bfloat16)
-    assert matrix is not None and triton.multiplies_codes(matrix, ActivationSpec("int", 8))
-    scale = torch.rand(6, 1) + 0.5
-    y = triton.linear_of_codes(codes.to(DEVICE), scale.to(DEVICE), matrix, torch.float32)
-    assert y is not None
-    expected = (codes.double() * scale.double()) @ decode(packed).double().t()
-    torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", (4, 8))
 def test_tokens_are_quantized_as_the_reference_does(bits: int, dtype: torch.dtype) -> None:
@@ -146,13 +130,6 @@ def test_gradients() -> None:
     packed_linear(x, packed, backend="triton").sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, decode(packed).sum(0).expand_as(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.skipif(triton.interpreted(), reason="compiled for a GPU")
-def test_compiled_whole_it_is_the_same() -> None:
-    packed, x = moved(random_packed(64, 256, bits=4, group_size=64)), inputs(3, 256).bfloat16()
-    compiled = torch.compile(lambda x: packed_linear(x, packed) + 1, fullgraph=True)
-    torch.testing.assert_close(compiled(x), packed_linear(x, packed) + 1)
 
 
 def test_what_reports_say() -> None:
