@@ -22,6 +22,23 @@ class Operand(NamedTuple):
     scale: Tensor | None = None
 
 
+class Recurrence(NamedTuple):
+    """All that a scan reads, by the names of :func:`hf_lowbit.kernels.selective_scan`."""
+
+    x: Operand
+    dt: Operand
+    A: Tensor
+    B: Operand
+    C: Operand
+    D: Tensor | None
+    z: Operand | None
+    dt_bias: Tensor | None
+    dt_limit: tuple[float, float]
+    state: Tensor | None
+    state_scale: Tensor | None
+    state_cluster: Tensor | None
+
+
 def quantize_codes(values: Tensor, scale: Tensor) -> Tensor:
     """int8 codes -127..127 of ``values`` times ``1 / scale``, half to even; NaN, which has no code, becomes 0.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.kernels import scanning
-from hf_lowbit.kernels.operand import Operand
+from hf_lowbit.kernels.operand import Operand, Recurrence
 
 _library = torch.library.Library("hf_lowbit", "FRAGMENT")
 _library.define(
@@ -34,16 +34,15 @@ def convolution(x: Operand, *arguments: Any) -> Tensor:
 
 
 def selective_scan(
-    x: Operand, dt: Operand, A: Tensor, B: Operand, C: Operand, D: Tensor | None, z: Operand | None, *arguments: Any
+    given: Recurrence, return_state: bool, update: bool, *rest: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`hf_lowbit.kernels.scanning.selective_scan` as an operator."""
+    x, dt, A, B, C, D, z, dt_bias, dt_limit, state, *scales = given
     gate = (None, None) if z is None else z
-    dt_bias, dt_limit, state, state_scale, cluster, return_state, update, peaks_every, dtype, backend = arguments
-    told = (state_scale, cluster, return_state, update, peaks_every, dtype, backend)
     y, after, peaks = torch.ops.hf_lowbit.selective_scan(
-        *x, *dt, A, *B, *C, D, *gate, dt_bias, list(dt_limit), state, *told
+        *x, *dt, A, *B, *C, D, *gate, dt_bias, list(dt_limit), state, *scales, return_state, update, *rest
     )
-    return y, state if update else after if return_state else None, None if peaks_every is None else peaks
+    return y, state if update else after if return_state else None, None if rest[0] is None else peaks
 
 
 @torch.library.impl(_library, "causal_convolution", "CompositeExplicitAutograd")
@@ -56,7 +55,8 @@ def _selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, x_scale, dt, dt_scale, A, B, B_scale, C, C_scale, D, z, z_scale, dt_bias, dt_limit, *rest = arguments
     operands = Operand(x, x_scale), Operand(dt, dt_scale), A, Operand(B, B_scale), Operand(C, C_scale)
     gate = None if z is None else Operand(z, z_scale)
-    y, after, peaks = scanning.selective_scan(*operands, D, gate, dt_bias, tuple(dt_limit), *rest)
+    given = Recurrence(*operands, D, gate, dt_bias, tuple(dt_limit), *rest[:3])
+    y, after, peaks = scanning.selective_scan(given, *rest[3:])
     is_updated, missing = rest[4], y.new_empty(0)
     return y, missing if is_updated or after is None else after, missing.clone() if peaks is None else peaks
 

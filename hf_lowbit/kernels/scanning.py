@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_lowbit.kernels import cpu
-from hf_lowbit.kernels.operand import Operand, codes_of, float_values, quantize_codes
+from hf_lowbit.kernels.operand import Operand, Recurrence, codes_of, float_values, quantize_codes
 from hf_lowbit.kernels.recurrence import convolve, scan, time_steps
 
 
@@ -46,18 +46,7 @@ def convolution(
 
 
 def selective_scan(
-    x: Operand,
-    dt: Operand,
-    A: Tensor,
-    B: Operand,
-    C: Operand,
-    D: Tensor | None,
-    z: Operand | None,
-    dt_bias: Tensor | None,
-    dt_limit: tuple[float, float],
-    state: Tensor | None,
-    state_scale: Tensor | None,
-    state_cluster: Tensor | None,
+    given: Recurrence,
     return_state: bool,
     update: bool,
     peaks_every: int | None,
@@ -65,6 +54,7 @@ def selective_scan(
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`hf_lowbit.kernels.selective_scan`, of arguments that fit: output, last state, peaks."""
+    x, dt, A, B, C, D, z, dt_bias, _, state, state_scale, _ = given
     gate = None if z is None else z.values
     if backend != "reference" and _is_native((x.values, dt.values, B.values, C.values, gate, state), (A, D, dt_bias)):
         before, after = state, None
@@ -75,32 +65,20 @@ def selective_scan(
             after = state
         elif update or return_state:
             after = torch.empty((x.values.shape[0], x.values.shape[2], B.values.shape[3]), dtype=coded)
-        told = D, z, dt_bias, dt_limit, before, state_scale, state_cluster
-        y, peaks = cpu.selective_scan(x, dt, A, B, C, *told, after, peaks_every, dtype)
+        y, peaks = cpu.selective_scan(given._replace(state=before), after, peaks_every, dtype)
     else:
-        told = D, z, dt_bias, dt_limit, state, state_scale, state_cluster
-        y, after, peaks = _by_reference(x, dt, A, B, C, *told, peaks_every, dtype)
+        y, after, peaks = _by_reference(given, peaks_every, dtype)
     if update and state is not None and after is not None and after is not state:
         after = state.copy_(after.detach())
     return y, after if update or return_state else None, peaks
 
 
 def _by_reference(
-    x: Operand,
-    dt: Operand,
-    A: Tensor,
-    B: Operand,
-    C: Operand,
-    D: Tensor | None,
-    z: Operand | None,
-    dt_bias: Tensor | None,
-    dt_limit: tuple[float, float],
-    state: Tensor | None,
-    state_scale: Tensor | None,
-    state_cluster: Tensor | None,
+    given: Recurrence,
     peaks_every: int | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, dt, A, B, C, D, z, dt_bias, dt_limit, state, state_scale, state_cluster = given
     batch, _, channels = x.values.shape
     heads, n = dt.values.shape[2], B.values.shape[3]
     wide = torch.promote_types(x.values.dtype, torch.float32)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.kernels import scan_ops, scanning
-from hf_lowbit.kernels.operand import Operand
+from hf_lowbit.kernels.operand import Operand, Recurrence
 
 
 class Scanned(NamedTuple):
@@ -119,18 +119,18 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not fit, codes without a scale.
     """
-    _check(x, dt, A, B, C, z, D, dt_bias, state, state_scale, state_cluster)
+    given = Recurrence(x, dt, A, B, C, D, z, dt_bias, dt_limit, state, state_scale, state_cluster)
+    _check(given)
     if state is None and update:
         raise ValueError("update=True needs a state to update")
     if peaks_every is not None and peaks_every < 1:
         raise ValueError(f"peaks_every is {peaks_every}, must be at least 1")
-    told = D, z, dt_bias, dt_limit, state, state_scale, state_cluster, return_state, update, peaks_every
-    rest = *told, dtype or _float_type(x), backend
+    asked = return_state, update, peaks_every, dtype or _float_type(x), backend
     if torch.compiler.is_compiling() and backend != "reference":
         inputs = x.values, dt.values, A, B.values, C.values, D, z and z.values, dt_bias
         if not _wants_gradients(*inputs):
-            return Scanned(*scan_ops.selective_scan(x, dt, A, B, C, *rest))
-    return Scanned(*scanning.selective_scan(x, dt, A, B, C, *rest))
+            return Scanned(*scan_ops.selective_scan(given, *asked))
+    return Scanned(*scanning.selective_scan(given, *asked))
 
 
 def _float_type(x: Operand) -> torch.dtype:
@@ -141,19 +141,8 @@ def _wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _check(
-    x: Operand,
-    dt: Operand,
-    A: Tensor,
-    B: Operand,
-    C: Operand,
-    z: Operand | None,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor | None,
-    state_scale: Tensor | None,
-    state_cluster: Tensor | None,
-) -> None:
+def _check(given: Recurrence) -> None:
+    x, dt, A, B, C, D, z, dt_bias, _, state, state_scale, state_cluster = given
     shape = batch, tokens, channels = x.values.shape
     of_group = _, _, groups, n = B.values.shape
     heads = A.shape[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.kernels.cpu.products import _check, _library
-from hf_lowbit.kernels.operand import Operand
+from hf_lowbit.kernels.operand import Operand, Recurrence
 
 VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _SCAN = struct.Struct("@51q2dq")
@@ -22,26 +22,16 @@ _ALL_CHANNELS = 1 << 62
 
 
 def selective_scan(
-    x: Operand,
-    dt: Operand,
-    A: Tensor,
-    B: Operand,
-    C: Operand,
-    D: Tensor | None,
-    z: Operand | None,
-    dt_bias: Tensor | None,
-    dt_limit: tuple[float, float],
-    state: Tensor | None,
-    state_scale: Tensor | None,
-    state_cluster: Tensor | None,
+    given: Recurrence,
     new_state: Tensor | None,
     peaks_every: int | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`hf_lowbit.kernels.selective_scan`: the output and the peaks; the last state goes into ``new_state``.
 
-    ``state`` and ``new_state`` are contiguous, float32 or int8, and may be the same.
+    The state before and ``new_state`` are contiguous, float32 or int8, and may be the same.
     """
+    x, dt, A, B, C, D, z, dt_bias, dt_limit, state, state_scale, state_cluster = given
     batch, tokens, channels = x.values.shape
     _, _, groups, n = B.values.shape
     heads = A.shape[0]
