@@ -23,7 +23,8 @@ NATIVE = Path("hf_lowbit/kernels/cpu/native")
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
 X86_FLAGS = json.loads((NATIVE / "x86_flags.json").read_text())  # source -> flags of its instruction set
 # What an older compiler may not know: source -> what tells api.cpp to do without.
-LEFT_OUT = {"avx512.cpp": "-DHFL_NO_AVX512", "amx.cpp": "-DHFL_NO_AMX"}
+LEFT_OUT = {"avx512.cpp": "-DHFL_NO_AVX512", "avx512_bf16.cpp": "-DHFL_NO_AVX512_BF16", "amx.cpp": "-DHFL_NO_AMX"}
+NEEDS = {"avx512_bf16.cpp": "avx512.cpp", "amx.cpp": "avx512_bf16.cpp"}  # whose kernels it calls; in this order
 
 
 class BuildNative(build_ext):
@@ -45,9 +46,10 @@ class BuildNative(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = dict(zip(sources, pool.map(compile_one, sources), strict=True))
+        for name, needed in NEEDS.items():
+            if not compiled.get(needed):
+                compiled[name] = []
         defines += [define for name, define in LEFT_OUT.items() if not compiled.get(name)]
-        if not compiled.get("avx512.cpp"):
-            compiled["amx.cpp"] = []  # it calls the AVX-512 kernels
         objects = [*compile_one("api.cpp"), *(path for paths in compiled.values() for path in paths)]
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)

@@ -32,7 +32,7 @@ int linear(const hfl_matrix* const* matrices, int count, const void* x, int type
            void* const* y, int threads) {
     const bool all = std::all_of(matrices, matrices + count, [](const hfl_matrix* w) { return has_chunks(*w); });
     if (type != HFL_BFLOAT16 || m <= few_inputs || !all)
-        return avx512_kernels.linear(matrices, count, x, type, m, stride, y, threads);
+        return avx512_bf16_kernels.linear(matrices, count, x, type, m, stride, y, threads);
     for (int64_t m0 = 0; m0 < m; m0 += most_inputs) {
         const int64_t n = std::min<int64_t>(most_inputs, m - m0);
         std::vector<std::shared_ptr<ChunkInputs>> inputs(static_cast<size_t>(count));
@@ -86,7 +86,7 @@ int linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, c
 bool runs_here() {
 #if defined(__linux__) && defined(__x86_64__)
     unsigned a, b, c, d;
-    if (!avx512_kernels.runs_here() || !__builtin_cpu_supports("avx512bf16")) return false;
+    if (!avx512_bf16_kernels.runs_here()) return false;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1))
         return false;
     constexpr long request_permission = 0x1023, tile_data = 18;

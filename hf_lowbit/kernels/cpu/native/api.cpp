@@ -15,6 +15,9 @@ const Kernels* const all_kernels[] = {
 #if defined(HFL_X86) && !defined(HFL_NO_AVX512) && !defined(HFL_NO_AMX)
     &amx_kernels,
 #endif
+#if defined(HFL_X86) && !defined(HFL_NO_AVX512) && !defined(HFL_NO_AVX512_BF16)
+    &avx512_bf16_kernels,
+#endif
 #if defined(HFL_X86) && !defined(HFL_NO_AVX512)
     &avx512_kernels,
 #endif

@@ -27,7 +27,7 @@ template <class Way, int M> class TileProduct {
     }
 
     void operator()(int64_t first, int64_t last, void* y, int type) {
-        const int64_t stretch = std::max<int64_t>(1, first_level_bytes / (geometry_.block * M * 4));
+        const int64_t stretch = std::max<int64_t>(1, first_level_bytes / (block * M * 4));
         for (int64_t row = first; row < last; row++) {
             scales_[row - first].select(row);
             for (Float& total : total_[row - first]) total = Simd::zero();
@@ -43,7 +43,7 @@ template <class Way, int M> class TileProduct {
 
   private:
     using Float = Simd::Float;
-    static constexpr int block = Way::steps * Simd::lanes;
+    static constexpr int block = Way::steps * Simd::lanes;  // of inputs, or pairs of them
     static constexpr int64_t first_level_bytes = 16384;  // half of the smallest first-level cache
 
     void add_blocks(int64_t row, int64_t first, int64_t last, const RowScales& scales, Float* totals) {
@@ -65,7 +65,7 @@ template <class Way, int M> class TileProduct {
     // Adds blocks first..last, whose words are given, to the totals.
     template <Scaling scaling>
     void add_scaled(const uint32_t* words, int64_t first, int64_t last, const RowScales& scales, Float* totals) const {
-        const float* inputs = x_.values.data() + m0_ * x_.stride + first * geometry_.block * M;
+        const float* inputs = x_.values.data() + m0_ * x_.stride + first * block * M;
         const float* scale = scales.scale.data();
         const int32_t *groups = geometry_.first.data(), *lanes = geometry_.lane.data();
         const Way way = way_;  // in registers
@@ -95,7 +95,7 @@ template <class Way, int M> class TileProduct {
                 const auto v = way.template at<decltype(j)::value>(loaded);
                 Float* chain = sum + j.value % chains<M> * M;
                 for (int m = 0; m < M; m++)
-                    chain[m] = Simd::multiply_add(v, Simd::load(in + (j.value * M + m) * Simd::lanes), chain[m]);
+                    chain[m] = Way::multiply_add(v, in + (j.value * M + m) * Simd::lanes, chain[m]);
             },
             std::make_integer_sequence<int, Way::steps>());
     }
@@ -177,28 +177,30 @@ inline int linear(const hfl_matrix* const* matrices, int count, const void* x, i
     struct Prepared {
         Geometry geometry;
         Inputs inputs;
+        bool pairs;
     };
     // Matrices of one format and grouping, as siblings mostly are, share their inputs.
     std::vector<std::shared_ptr<Prepared>> prepared(static_cast<size_t>(count));
     for (int i = 0; i < count; i++) {
         const hfl_matrix& w = *matrices[i];
         if (!multiplies_in_lanes(w)) continue;
+        const bool pairs = multiplies_pairs(w, type);
         for (int k = 0; k < i && !prepared[i]; k++)
             if (prepared[k] && matrices[k]->bits == w.bits && matrices[k]->groups == w.groups &&
                 matrices[k]->decoder == w.decoder && matrices[k]->zero_kind == w.zero_kind &&
-                matrices[k]->packing == w.packing)
+                matrices[k]->packing == w.packing && prepared[k]->pairs == pairs)
                 prepared[i] = prepared[k];
         if (prepared[i]) continue;
         Geometry geometry(w, Simd::lanes);
-        with_way(w, [&](auto way) {
+        with_way(w, pairs, [&](auto way) {
             Inputs inputs(way, w, geometry, x, type, m, stride);
-            prepared[i] = std::make_shared<Prepared>(Prepared{std::move(geometry), std::move(inputs)});
+            prepared[i] = std::make_shared<Prepared>(Prepared{std::move(geometry), std::move(inputs), pairs});
         });
     }
     share_rows(matrices, count, threads, 1, [&](int i, int64_t first, int64_t last) {
         const hfl_matrix& w = *matrices[i];
         if (!prepared[i]) return multiply_decoded(w, x, type, m, stride, first, last, y[i], type);
-        with_way(w, [&](auto way) {
+        with_way(w, prepared[i]->pairs, [&](auto way) {
             using Way = typename decltype(way)::type;
             multiply_batch<Way>(w, prepared[i]->geometry, prepared[i]->inputs, first, last, y[i], type);
         });

@@ -12,7 +12,7 @@ inline int64_t together(int64_t remaining) {
     return Simd::max_batch >= 8 && remaining >= 8 ? 8 : remaining >= 4 ? 4 : 1;
 }
 
-// For each pass [block][j][input][lane]: read from front to back.
+// For each pass [block][j][input][lane]: read from front to back. A lane is a float, or a pair of bfloat16 numbers.
 struct Inputs {
     int64_t stride, batch, groups;
     Aligned<float> values;
@@ -21,9 +21,9 @@ struct Inputs {
     template <class Way>
     Inputs(Type<Way>, const hfl_matrix& w, const Geometry& geometry, const void* x, int type, int64_t m,
            int64_t row_stride)
-        : stride(geometry.blocks * geometry.block), batch(m), groups(w.groups + Simd::lanes),
+        : stride(geometry.blocks * Way::steps * Simd::lanes), batch(m), groups(w.groups + Simd::lanes),
           values(m * stride) {
-        std::vector<float> row(static_cast<size_t>(stride), 0.0f);
+        std::vector<float> row(static_cast<size_t>(geometry.blocks * geometry.block), 0.0f);
         if (w.zero_kind != HFL_NO_ZERO || Way::shift(w) != 0) sums.resize(static_cast<size_t>(m * groups), 0.0f);
         for (int64_t i = 0, pass = 0, M = together(m); i < m; i++) {
             if (i == pass + M) pass = i, M = together(m - i);

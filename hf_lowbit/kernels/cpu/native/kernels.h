@@ -20,5 +20,6 @@ extern const Kernels plain_kernels;
 #if defined(HFL_X86)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
 extern const Kernels amx_kernels;
 #endif

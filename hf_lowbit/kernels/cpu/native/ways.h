@@ -5,6 +5,7 @@
 //   block_words, steps: words of a block, and codes of each of its lanes (which share a scale);
 //   arrange(in, j, out): the inputs of the j-th codes of all lanes, from a block's inputs in their own order;
 //   load(words), at<j>(loaded): the j-th values of all lanes;
+//   multiply_add(values, in, sum): values times such inputs, added to a sum of 16 or 8 floats;
 //   shift(w): what is left to subtract from every value, which products take from the inputs' sums.
 #pragma once
 #include "geometry.h"
@@ -30,6 +31,9 @@ template <int bits, int decoder> struct InLanes {
         return loaded;
     }
     template <int j> HFL_INLINE Simd::Float at(const Loaded& loaded) const { return values.template at<j>(loaded.lane); }
+    HFL_INLINE static Simd::Float multiply_add(Simd::Float value, const float* in, Simd::Float sum) {
+        return Simd::multiply_add(value, Simd::load(in), sum);
+    }
     static float shift(const hfl_matrix& w) { return V::shift(w); }
 };
 
@@ -78,14 +82,38 @@ struct InDigits {
         if constexpr (j == 4) return loaded.quotient[4];
         else return Simd::multiply_add(loaded.quotient[j + 1], Simd::set(-3.0f), loaded.quotient[j]);
     }
+    HFL_INLINE static Simd::Float multiply_add(Simd::Float value, const float* in, Simd::Float sum) {
+        return Simd::multiply_add(value, Simd::load(in), sum);
+    }
     static float shift(const hfl_matrix& w) { return -w.table[0]; }
 };
 
-// Calls use(Type<a way>) with the best way for this matrix.
-template <class Use> void with_way(const hfl_matrix& w, Use use) {
+// Whether pairs of bfloat16 inputs are multiplied at once.
+inline bool multiplies_pairs(const hfl_matrix& w, int type) {
+#if defined(HFL_PAIRS)
+    if (type != HFL_BFLOAT16 || w.packing != HFL_DENSE || w.bits > 6) return false;
+    bool fits = false;
+    with_values(w, [&](auto bits, auto) {
+        if constexpr (decltype(bits)::value <= 6) fits = InPairs<decltype(bits)::value>::fits(w);
+    });
+    return fits;
+#else
+    (void)w, (void)type;
+    return false;
+#endif
+}
+
+// Calls use(Type<a way>) with the best way for this matrix; `pairs` where it multiplies them.
+template <class Use> void with_way(const hfl_matrix& w, bool pairs, Use use) {
     if (w.packing == HFL_BASE3) return use(Type<InDigits>());
     with_values(w, [&](auto bits, auto decoder) {
         constexpr int width = decltype(bits)::value, by = decltype(decoder)::value;
+#if defined(HFL_PAIRS)
+        if constexpr (width <= 6)
+            if (pairs) return use(Type<InPairs<width>>());
+#else
+        (void)pairs;
+#endif
         if constexpr (Simd::has_planes && width == 4 && by == HFL_TABLE) use(Type<InPlanes>());
         else use(Type<InLanes<width, by>>());
     });

@@ -1,0 +1,30 @@
+// AVX-512 with products of bfloat16 pairs (Intel since Sapphire Rapids, AMD since Zen 4): inputs of that type are
+// multiplied 32 at once. All else is left to the AVX-512 kernels.
+#include "kernels.h"
+#include "simd_avx512.h"
+#include "pairs_avx512.h"
+#include "gemv.h"
+
+namespace {
+
+int linear_or_pairs(const hfl_matrix* const* matrices, int count, const void* x, int type, int64_t m, int64_t stride,
+                    void* const* y, int threads) {
+    const auto multiply = type == HFL_BFLOAT16 ? linear : avx512_kernels.linear;
+    return multiply(matrices, count, x, type, m, stride, y, threads);
+}
+
+bool runs_here() {
+    return runs_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
+}
+
+}  // namespace
+
+const Kernels avx512_bf16_kernels = {
+    "avx512_bf16", runs_here, linear_or_pairs,
+    [](auto... arguments) { return avx512_kernels.linear_int8(arguments...); },
+    [](const hfl_matrix* w) { return avx512_kernels.multiplies_int8(w); },
+    [](const hfl_matrix* w) { return avx512_kernels.multiplies_in_registers(w); },
+    [](const hfl_matrix*, int) { return 0; },
+    [](auto... arguments) { avx512_kernels.decode(arguments...); },
+    [](const hfl_scan& s, int threads) { return avx512_kernels.selective_scan(s, threads); },
+    [](const hfl_convolution& c, int threads) { return avx512_kernels.causal_convolution(c, threads); }};

@@ -1,0 +1,65 @@
+// The way of bfloat16 inputs where pairs of them are multiplied at once (AVX512-BF16; VBMI2 brings codes together).
+#pragma once
+#define HFL_PAIRS
+#include <immintrin.h>
+
+#include "floats.h"
+#include "geometry.h"
+#include "unroll.h"
+
+namespace {
+
+// A lane's codes are two halves: the j-th code of the first half and that of the second make a pair, one above the
+// other in 16 bits each, so that one shift and one permutation give 32 values. For tables that bfloat16 holds exactly.
+template <int bits> struct InPairs {
+    static constexpr int words = Lane<bits>::words, codes = Lane<bits>::codes, steps = codes / 2;
+    static constexpr int block_words = words * Simd::lanes;
+    struct Loaded { __m512i half[words]; };  // the h-th 16 bits of the first half, and those of the second half above
+
+    __m512i table[bits <= 5 ? 1 : 2];
+    explicit InPairs(const hfl_matrix& w) {
+        alignas(64) uint16_t values[bits <= 5 ? 32 : 64];
+        for (int i = 0; i < (bits <= 5 ? 32 : 64); i++) values[i] = to_bfloat16(w.table[i & ((1 << bits) - 1)]);
+        for (int i = 0; i < (bits <= 5 ? 1 : 2); i++) table[i] = _mm512_load_si512(values + 32 * i);
+    }
+    static bool fits(const hfl_matrix& w) {
+        bool exact = true;
+        for (int i = 0; i < 1 << bits; i++) exact = exact && from_bfloat16(to_bfloat16(w.table[i])) == w.table[i];
+        return exact;
+    }
+    static void arrange(const float* in, int j, float* out) {
+        for (int i = 0; i < Simd::lanes; i++, in += codes) {
+            const uint16_t pair[] = {to_bfloat16(in[j]), to_bfloat16(in[j + steps])};  // exact: they were bfloat16
+            std::memcpy(out + i, pair, sizeof pair);
+        }
+    }
+    HFL_INLINE static Loaded load(const uint32_t* p) {
+        Simd::Int lane[words];
+        repeat([&](auto q) HFL_INLINE { lane[q.value] = Simd::strided<words, decltype(q)::value>(p); },
+               std::make_integer_sequence<int, words>());
+        Loaded loaded;
+        if constexpr (words == 1) loaded.half[0] = lane[0];
+        else
+            for (int h = 0; h < words; h++) {  // an odd number of words: their parities differ
+                const Simd::Int low = lane[h / 2], high = lane[(h + words) / 2];
+                loaded.half[h] = h % 2 ? _mm512_shrdi_epi32(low, high, 16)
+                                       : _mm512_mask_mov_epi16(low, 0xAAAAAAAA, high);
+            }
+        return loaded;
+    }
+    template <int j> HFL_INLINE __m512i at(const Loaded& loaded) const {
+        constexpr int half = j * bits / 16, shift = j * bits % 16;
+        __m512i code;
+        if constexpr (shift + bits > 16) code = _mm512_shrdi_epi16(loaded.half[half], loaded.half[half + 1], shift);
+        else code = _mm512_srli_epi16(loaded.half[half], shift);
+        if constexpr (bits <= 5) return _mm512_permutexvar_epi16(code, table[0]);  // higher bits are ignored
+        else return _mm512_permutex2var_epi16(table[0], code, table[1]);
+    }
+    HFL_INLINE static Simd::Float multiply_add(__m512i values, const float* in, Simd::Float sum) {
+        const __m512i inputs = _mm512_loadu_si512(in);
+        return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(values), reinterpret_cast<__m512bh>(inputs));
+    }
+    static float shift(const hfl_matrix&) { return 0.0f; }
+};
+
+}  // namespace
