@@ -47,6 +47,20 @@ struct Packed {
     }
 };
 
+// bfloat16, of integers below 256 exactly.
+uint16_t top_half(float value) {
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    return static_cast<uint16_t>(word >> 16);
+}
+
+float from_top_half(uint16_t half) {
+    const uint32_t word = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
 int failures = 0;
 
 void expect(bool condition, const char* what, const hfl_matrix& w) {
@@ -66,7 +80,7 @@ void check(const hfl_matrix& w, int64_t m, int threads) {
     const hfl_matrix* matrices[] = {&w, &w};
     std::vector<float> again(y.size());
     void* results[] = {y.data(), again.data()};
-    auto compare = [&](const char* what) {
+    auto compare = [&](const char* what, double rounding = 0) {
         for (size_t i = 0; i < n; i++)
             for (size_t r = 0; r < rows; r++) {
                 double sum = 0, size = 0;
@@ -74,12 +88,19 @@ void check(const hfl_matrix& w, int64_t m, int threads) {
                     sum += double(x[i * columns + k]) * decoded[r * columns + k];
                     size += std::fabs(double(x[i * columns + k]) * decoded[r * columns + k]) + std::fabs(x[i * columns + k]) * 256;
                 }
-                if (std::fabs(y[i * rows + r] - sum) > 1e-6 * size + 1e-6 || y[i * rows + r] != again[i * rows + r])
+                const double most = 1e-6 * size + 1e-6 + rounding * std::fabs(sum);
+                if (std::fabs(y[i * rows + r] - sum) > most || y[i * rows + r] != again[i * rows + r])
                     return expect(false, what, w);
             }
     };
     expect(hfl_linear(matrices, 2, x.data(), HFL_FLOAT32, m, w.columns, results, threads) == 0, "linear", w);
     compare("linear");
+    std::vector<uint16_t> short_x(x.size()), short_y(y.size()), short_again(y.size());
+    for (size_t i = 0; i < x.size(); i++) short_x[i] = top_half(x[i]);
+    void* short_results[] = {short_y.data(), short_again.data()};
+    expect(hfl_linear(matrices, 2, short_x.data(), HFL_BFLOAT16, m, w.columns, short_results, threads) == 0, "bfloat16", w);
+    for (size_t i = 0; i < y.size(); i++) y[i] = from_top_half(short_y[i]), again[i] = from_top_half(short_again[i]);
+    compare("bfloat16", 0x1p-8);
     if (hfl_multiplies_int8(&w)) {
         for (const int64_t groups : {int64_t(1), static_cast<int64_t>(w.groups)}) {  // of the inputs
             const int failed = hfl_linear_int8(matrices, 2, codes.data(), ones.data(), groups, m, HFL_FLOAT32, results, threads);
