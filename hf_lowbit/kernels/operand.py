@@ -39,6 +39,55 @@ class Recurrence(NamedTuple):
     state_cluster: Tensor | None
 
 
+class Laid(NamedTuple):
+    """An operand as the kernels of every device read it.
+
+    Attributes:
+        data: the channels of a token lie one after the other.
+        scale: float32, contiguous, or None; so many (``run``) channels in a row share one.
+        batch_stride, token_stride: in elements.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    batch_stride: int
+    token_stride: int
+    run: int
+
+
+def laid_out(operand: Operand) -> Laid:
+    """An operand ``[batch, T, ...]`` as it lies; copied where its channels lie apart."""
+    values, scale = operand
+    if not values.is_contiguous() and not _lies_side_by_side(values):
+        values = values.contiguous()
+    batch_stride, token_stride = values.stride()[:2]
+    if scale is None:
+        return Laid(values, None, batch_stride, token_stride, 1)
+    channels = values.shape[2:]
+    run = channels.numel()
+    if scale.numel() > 1:
+        per_channel = scale.numel() == run
+        if not per_channel and not (len(channels) == 2 and scale.shape == (channels[0], 1)):
+            scale = scale.expand(channels)
+        run //= scale.numel()
+    return Laid(values, plain_floats(scale), batch_stride, token_stride, run)
+
+
+def _lies_side_by_side(values: Tensor) -> bool:
+    """Whether the channels ``[...]`` of a token ``[batch, T, ...]`` lie one after the other."""
+    expected = 1
+    for size, stride in zip(reversed(values.shape[2:]), reversed(values.stride()[2:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def plain_floats(tensor: Tensor) -> Tensor:
+    """The same in float32, contiguous."""
+    return tensor if tensor.dtype == torch.float32 and tensor.is_contiguous() else tensor.float().contiguous()
+
+
 def quantize_codes(values: Tensor, scale: Tensor) -> Tensor:
     """int8 codes -127..127 of ``values`` times ``1 / scale``, half to even; NaN, which has no code, becomes 0.
 

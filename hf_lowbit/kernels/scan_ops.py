@@ -27,9 +27,10 @@ _library.define(
 )
 
 
-def convolution(x: Operand, *arguments: Any) -> Tensor:
+def convolution(x: Operand, weight: Tensor, bias: Tensor | None, state: Tensor | None, *rest: Any) -> Tensor:
     """:func:`hf_lowbit.kernels.scanning.convolution` as an operator."""
-    result: Tensor = torch.ops.hf_lowbit.causal_convolution(*x, *arguments)
+    kept = x.values.new_empty(0) if state is None else state  # inductor fails where what may be written is None
+    result: Tensor = torch.ops.hf_lowbit.causal_convolution(*x, weight, bias, kept, *rest)
     return result
 
 
@@ -46,8 +47,11 @@ def selective_scan(
 
 
 @torch.library.impl(_library, "causal_convolution", "CompositeExplicitAutograd")
-def _convolution(x: Tensor, x_scale: Tensor | None, *arguments: Any) -> Tensor:
-    return scanning.convolution(Operand(x, x_scale), *arguments)
+def _convolution(
+    x: Tensor, x_scale: Tensor | None, weight: Tensor, bias: Tensor | None, state: Tensor | None, *rest: Any
+) -> Tensor:
+    kept = None if state is None or state.dim() == 1 else state
+    return scanning.convolution(Operand(x, x_scale), weight, bias, kept, *rest)
 
 
 @torch.library.impl(_library, "selective_scan", "CompositeExplicitAutograd")

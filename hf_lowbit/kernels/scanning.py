@@ -1,16 +1,18 @@
-"""Convolutions and scans, each natively or by the torch reference. Eager: see scan_ops for traced code."""
+"""Convolutions and scans, each by kernels or the torch reference. Eager: see scan_ops for traced code."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_lowbit.kernels import cpu
+from hf_lowbit.kernels import cpu, triton
 from hf_lowbit.kernels.operand import Operand, Recurrence, codes_of, float_values, quantize_codes
 from hf_lowbit.kernels.recurrence import convolve, scan, time_steps
+from hf_lowbit.kernels.routes import gpu_runs, why_not
 
 
 def convolution(
@@ -25,9 +27,9 @@ def convolution(
     backend: str | None,
 ) -> Tensor:
     """:func:`hf_lowbit.kernels.causal_convolution`, of arguments that fit."""
-    if backend != "reference" and _is_native((x.values, state), (weight, bias)):
+    if (kernels := _kernels(backend, (x.values, state), (weight, bias))) is not None:
         kept = state if state is None or state.is_contiguous() else state.contiguous()
-        result = cpu.causal_convolution(x, weight, bias, kept, silu, out_scale, update, dtype)
+        result: Tensor = kernels.causal_convolution(x, weight, bias, kept, silu, out_scale, update, dtype)
         if update and state is not None and kept is not state and kept is not None:
             state.copy_(kept)
         return result
@@ -56,7 +58,8 @@ def selective_scan(
     """:func:`hf_lowbit.kernels.selective_scan`, of arguments that fit: output, last state, peaks."""
     x, dt, A, B, C, D, z, dt_bias, _, state, state_scale, _ = given
     gate = None if z is None else z.values
-    if backend != "reference" and _is_native((x.values, dt.values, B.values, C.values, gate, state), (A, D, dt_bias)):
+    inputs = x.values, dt.values, B.values, C.values, gate, state
+    if (kernels := _kernels(backend, inputs, (A, D, dt_bias))) is not None:
         before, after = state, None
         if state is not None and not (state.is_contiguous() and state.dtype in (torch.float32, torch.int8)):
             before = (state if state.dtype == torch.int8 else state.float()).contiguous()
@@ -64,8 +67,9 @@ def selective_scan(
         if update and before is state and state is not None and state.dtype == coded:
             after = state
         elif update or return_state:
-            after = torch.empty((x.values.shape[0], x.values.shape[2], B.values.shape[3]), dtype=coded)
-        y, peaks = cpu.selective_scan(given._replace(state=before), after, peaks_every, dtype)
+            size = x.values.shape[0], x.values.shape[2], B.values.shape[3]
+            after = torch.empty(size, dtype=coded, device=x.values.device)
+        y, peaks = kernels.selective_scan(given._replace(state=before), after, peaks_every, dtype)
     else:
         y, after, peaks = _by_reference(given, peaks_every, dtype)
     if update and state is not None and after is not None and after is not state:
@@ -101,13 +105,26 @@ def _by_reference(
     return y.to(dtype), after, None if peaks is None else peaks.flatten(2, 3).float()
 
 
-def _is_native(inputs: Sequence[Tensor | None], parameters: Sequence[Tensor | None]) -> bool:
-    """Whether the native kernels run there, and nothing asks for gradients."""
+def _kernels(
+    backend: str | None, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor | None]
+) -> ModuleType | None:
+    """The package whose kernels run there, where nothing asks for gradients; None: torch does it.
+
+    Raises:
+        ValueError: a backend that does not run on this machine.
+    """
+    if reason := why_not(backend):
+        raise ValueError(reason)
+    first = inputs[0]
+    assert first is not None
+    kernels = cpu if first.is_cpu and backend in (None, "cpu") else triton if gpu_runs(first.device, backend) else None
+    if kernels is None or (kernels is cpu and not cpu.available()):
+        return None
     for tensor in inputs:
-        if tensor is not None and (not tensor.is_cpu or tensor.dtype not in cpu.VALUE_TYPES):
-            return False
+        if tensor is not None and (tensor.device != first.device or tensor.dtype not in kernels.VALUE_TYPES):
+            return None
     if torch.is_grad_enabled():
         for tensor in (*inputs, *parameters):
             if tensor is not None and tensor.requires_grad:
-                return False
-    return cpu.available()
+                return None
+    return kernels

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lowbit.kernels import Operand, quantize_codes
+from hf_lowbit.kernels import Operand, causal_convolution, quantize_codes, selective_scan
 
 # heads, channels per head, groups, states, decays of its own per state: Mamba's and Mamba-2's, and odd ones whose
 # channels, heads and states end within a tile and a vector
@@ -21,11 +21,17 @@ SHAPES = {
     "heads with own decays": (6, 4, 2, 40, True),
     "one state": (6, 1, 1, 1, True),
 }
+# a layer of mamba-130m, of mamba2-130m, and of mamba2-2.7b with several groups
+REAL_SHAPES = {
+    "mamba-130m": (1536, 1, 1, 16, True),
+    "mamba2-130m": (24, 64, 1, 128, False),
+    "mamba2-2.7b, groups": (80, 64, 8, 128, False),
+}
 
 
 def scan_inputs(shape: str, batch: int, tokens: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """Arguments of selective_scan by name: float operands, a state, D, z and a bias."""
-    heads, width, groups, n, own = SHAPES[shape]
+    heads, width, groups, n, own = (SHAPES | REAL_SHAPES)[shape]
     g = torch.Generator().manual_seed(tokens)
 
     def normal(*size: int) -> Tensor:
@@ -112,3 +118,52 @@ def by_tokens(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
 def relative(value: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
     return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+class Mixer(nn.Module):
+    """Both operators with a cache, as a decode step calls them, and a convolution without."""
+
+    def __init__(self, backend: str | None) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, inputs: dict[str, Any], weight: Tensor, past: Tensor) -> tuple[Tensor, ...]:
+        own = {"backend": self.backend}
+        x = Operand(causal_convolution(inputs["x"], weight, None, past, update=True, **own))
+        result = selective_scan(**{**inputs, "x": x}, update=True, peaks_every=4, **own)
+        other = selective_scan(**{**inputs, "x": x}, return_state=True, **own)
+        assert result.state is not None and result.peaks is not None and other.state is not None
+        fresh = causal_convolution(inputs["x"], weight, None, **own)
+        return result.output, result.state, result.peaks, other.state, fresh
+
+
+def moved(inputs: dict[str, Any], device: str) -> dict[str, Any]:
+    """The same on a device."""
+    result: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Operand):
+            value = Operand(*(None if part is None else part.to(device) for part in value))
+        elif isinstance(value, Tensor):
+            value = value.to(device)
+        result[name] = value
+    return result
+
+
+@torch.no_grad()
+def compare_traced(coded: bool, backend: str | None = None, device: str = "cpu", compiler: str = "aot_eager") -> None:
+    """A :class:`Mixer` in one graph, against itself in Python: what it returns, and the states it changes."""
+    inputs = cast(scan_inputs("mamba", 2, 6), torch.float32)
+    inputs = moved(in_codes(inputs, clusters=2) if coded else inputs, device)
+    weight = torch.randn(20, 4, device=device)
+    past = torch.zeros(2, 20, 4, dtype=torch.int8 if coded else torch.float32, device=device)
+
+    def fresh() -> tuple[Any, ...]:
+        return {**inputs, "state": inputs["state"].clone()}, weight, past.clone()
+
+    given, compiled_given = fresh(), fresh()
+    expected = Mixer(backend)(*given)
+    results = torch.compile(Mixer(backend), fullgraph=True, backend=compiler)(*compiled_given)
+    for result, one in zip(results, expected, strict=True):
+        assert torch.equal(result, one)
+    assert torch.equal(given[0]["state"], compiled_given[0]["state"]) and torch.equal(given[2], compiled_given[2])
+    assert not torch.equal(given[2], past)

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from hf_lowbit.kernels import Operand, causal_convolution, quantize_codes, selective_scan
-from tests.kernels.mixers import SHAPES, by_tokens, cast, in_codes, relative, restored, scan_inputs
+from tests.kernels.mixers import SHAPES, by_tokens, cast, compare_traced, in_codes, relative, restored, scan_inputs
 
 
 @pytest.mark.parametrize("tokens", (1, 2, 37, 150))
@@ -126,36 +125,9 @@ def test_gradients_pass_the_rounding() -> None:
         assert relative(through, causal_convolution(Operand(x, scale), weight, None, silu=False)) < 1e-6
 
 
-class Mixer(nn.Module):
-    """Both operators with a cache, as a decode step calls them."""
-
-    def forward(self, inputs: dict[str, Any], weight: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = Operand(causal_convolution(inputs["x"], weight, None, past, update=True))
-        result = selective_scan(**{**inputs, "x": x}, update=True, peaks_every=4)
-        other = selective_scan(**{**inputs, "x": x}, return_state=True)
-        assert result.state is not None and result.peaks is not None and other.state is not None
-        return result.output, result.state, result.peaks, other.state
-
-
-@pytest.mark.parametrize("coded", (False, True))
-@torch.no_grad()
-def test_is_traced_whole_and_equal(coded: bool) -> None:
-    inputs = cast(scan_inputs("mamba", 2, 6), torch.float32)
-    if coded:
-        inputs = in_codes(inputs, clusters=2)
-    weight = torch.randn(20, 4)
-    past = torch.zeros(2, 20, 4, dtype=torch.int8 if coded else torch.float32)
-
-    def fresh() -> tuple[Any, ...]:
-        return {**inputs, "state": inputs["state"].clone()}, weight, past.clone()
-
-    given, compiled_given = fresh(), fresh()
-    expected = Mixer()(*given)
-    results = torch.compile(Mixer(), fullgraph=True, backend="aot_eager")(*compiled_given)
-    for result, one in zip(results, expected, strict=True):
-        assert torch.equal(result, one)
-    assert torch.equal(given[0]["state"], compiled_given[0]["state"]) and torch.equal(given[2], compiled_given[2])
-    assert not torch.equal(given[2], past)
+@pytest.mark.parametrize(("coded", "compiler"), [(False, "aot_eager"), (True, "aot_eager"), (True, "inductor")])
+def test_is_traced_whole_and_equal(coded: bool, compiler: str) -> None:
+    compare_traced(coded, compiler=compiler)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

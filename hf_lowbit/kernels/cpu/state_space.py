@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.kernels.cpu.products import _check, _library
-from hf_lowbit.kernels.operand import Operand, Recurrence
+from hf_lowbit.kernels.operand import Operand, Recurrence, laid_out, plain_floats
 
 VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _SCAN = struct.Struct("@51q2dq")
 _CONVOLUTION = struct.Struct("@20q")
 _ABSENT = (0, 0, 0, 0, 0, 0)
-_ALL_CHANNELS = 1 << 62
 
 
 def selective_scan(
@@ -39,7 +38,7 @@ def selective_scan(
     peaks = None
     if peaks_every is not None:
         peaks = torch.empty((batch, -(-tokens // peaks_every), channels, n))
-    kept: list[Tensor] = []  # copies, alive until the call returns
+    kept: list[object] = []  # copies, alive until the call returns
     if state_cluster is not None and not (state_cluster.dtype == torch.int32 and state_cluster.is_contiguous()):
         state_cluster = state_cluster.to(torch.int32).contiguous()
     arguments = _SCAN.pack(
@@ -90,7 +89,7 @@ def causal_convolution(
     """:func:`hf_lowbit.kernels.causal_convolution`; ``state`` is contiguous, and changed in place with ``update``."""
     batch, tokens, channels = x.values.shape
     y = torch.empty(batch, tokens, channels, dtype=dtype if out_scale is None else torch.int8)
-    kept: list[Tensor] = []
+    kept: list[object] = []
     address = 0 if state is None else state.data_ptr()
     arguments = _CONVOLUTION.pack(
         *_operand(x, kept),
@@ -114,42 +113,19 @@ def causal_convolution(
     return y
 
 
-def _operand(operand: Operand, kept: list[Tensor]) -> tuple[int, int, int, int, int, int]:
+def _operand(operand: Operand, kept: list[object]) -> tuple[int, int, int, int, int, int]:
     """``hfl_operand`` of lowbit.h: values, scale, their strides, how many channels in a row share a scale, type."""
-    values, scale = operand
-    if not values.is_contiguous() and not _lies_side_by_side(values):
-        values = values.contiguous()
-        kept.append(values)
-    batch_stride, token_stride = values.stride()[:2]
-    kind = VALUE_TYPES[values.dtype]
-    if scale is None:
-        return values.data_ptr(), 0, batch_stride, token_stride, 0, kind
-    run = _ALL_CHANNELS
-    if scale.numel() > 1:
-        channels = values.shape[2:]
-        per_channel = scale.numel() == channels.numel()
-        if not per_channel and not (len(channels) == 2 and scale.shape == (channels[0], 1)):
-            scale = scale.expand(channels).contiguous()
-            kept.append(scale)
-        run = channels.numel() // scale.numel()
-    return values.data_ptr(), _floats(scale, kept), batch_stride, token_stride, run, kind
+    laid = laid_out(operand)
+    kept.append(laid)
+    data, scale, batch_stride, token_stride, run = laid
+    address = 0 if scale is None else scale.data_ptr()
+    return data.data_ptr(), address, batch_stride, token_stride, run, VALUE_TYPES[data.dtype]
 
 
-def _lies_side_by_side(values: Tensor) -> bool:
-    """Whether the channels ``[...]`` of a token ``[batch, T, ...]`` lie one after the other."""
-    expected = 1
-    for size, stride in zip(reversed(values.shape[2:]), reversed(values.stride()[2:]), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _floats(tensor: Tensor | None, kept: list[Tensor]) -> int:
+def _floats(tensor: Tensor | None, kept: list[object]) -> int:
     """Where the float32 values of a tensor lie, one after the other; 0 without one."""
     if tensor is None:
         return 0
-    if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-        tensor = tensor.float().contiguous()
-        kept.append(tensor)
-    return tensor.data_ptr()
+    values = plain_floats(tensor)
+    kept.append(values)
+    return values.data_ptr()

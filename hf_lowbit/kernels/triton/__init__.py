@@ -15,10 +15,13 @@ from hf_lowbit.kernels.triton.products import (
     quantize_tokens,
     quantizes,
 )
+from hf_lowbit.kernels.triton.state_space import VALUE_TYPES, causal_convolution, selective_scan
 
 __all__ = [
     "FLOAT_TYPES",
+    "VALUE_TYPES",
     "Matrix",
+    "causal_convolution",
     "decode_rows",
     "describe",
     "interpreted",
@@ -30,5 +33,6 @@ __all__ = [
     "quantize_tokens",
     "quantizes",
     "runs_on",
+    "selective_scan",
     "unavailable_because",
 ]

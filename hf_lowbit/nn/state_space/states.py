@@ -42,11 +42,11 @@ def read_states(cache: Any, layer: int, tokens: int, taps: int, coded: tuple[boo
     """
     if cache is None:
         return States()
-    convolution, recurrent = cache.get_conv_state(layer), cache.get_recurrent_state(layer)
+    convolution, recurrent = kept_states(cache, layer)
     check_state("convolution", layer, convolution, coded[0])
     check_state("recurrent", layer, recurrent, coded[1])
     graph = torch.is_grad_enabled()  # which may hold on to the states: they are not changed in place
-    steps = tokens == 1 and convolution is not None and not graph and not cache.is_recording_past(layer)
+    steps = tokens == 1 and convolution is not None and not graph and not _records_past(cache, layer)
     if convolution is not None:
         convolution = convolution[..., -taps:].clone() if graph else convolution[..., -taps:]
     if recurrent is None:
@@ -58,15 +58,28 @@ def read_states(cache: Any, layer: int, tokens: int, taps: int, coded: tuple[boo
     return States(convolution, recurrent, steps, in_place)
 
 
+def kept_states(cache: Any, layer: int) -> tuple[Tensor | None, Tensor | None]:
+    """The convolution's and the recurrent state in a cache of transformers; None before the first call."""
+    if hasattr(cache, "get_conv_state"):
+        return cache.get_conv_state(layer), cache.get_recurrent_state(layer)
+    own = cache.layers[layer]  # the oldest transformers that is supported has no methods for it
+    return (own.conv_states[0], own.recurrent_states[0]) if own.has_previous_state[0] else (None, None)
+
+
+def _records_past(cache: Any, layer: int) -> bool:
+    """Whether a cache keeps all inputs of the convolution, to go back."""
+    return bool(getattr(cache.layers[layer], "record_past", False))
+
+
 def keep_inputs(cache: Any, layer: int, x: Tensor, taps: int, scale: Tensor | None) -> None:
     """Put a convolution's inputs ``[batch, T, channels]`` into the cache: the last ones, or all for one that goes back.
 
     ``scale``: as int8 codes of it.
     """
-    newest = x.detach() if cache.is_recording_past(layer) else x[:, -taps:].detach()
+    newest = x.detach() if _records_past(cache, layer) else x[:, -taps:].detach()
     codes = newest if scale is None else quantize_codes(newest, scale)
     cache.update_conv_state(codes.transpose(1, 2), layer, conv_kernel_size=taps)
-    check_state("convolution", layer, cache.get_conv_state(layer), scale is not None)  # of a cache that was reset
+    check_state("convolution", layer, kept_states(cache, layer)[0], scale is not None)  # of a cache that was reset
 
 
 def check_state(what: str, layer: int, state: Tensor | None, is_coded: bool) -> None:

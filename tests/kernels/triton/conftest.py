@@ -1,8 +1,17 @@
 """What is tested where: kernels on a GPU or in Triton's interpreter (TRITON_INTERPRET=1), refusals where neither is."""
 
-from hf_lowbit.kernels import triton
+from hf_lowbit.kernels import humming, triton
 
 if triton.unavailable_because() is not None:
-    collect_ignore = ["test_products.py", "test_gpu.py"]
+    collect_ignore = [
+        "test_products.py",
+        "test_columns.py",
+        "test_scan.py",
+        "test_convolution.py",
+        "test_gpu.py",
+        "test_graphs.py",
+    ]
 else:
-    collect_ignore = ["test_refused.py", *(["test_gpu.py"] if triton.interpreted() else [])]
+    collect_ignore = ["test_refused.py", *(["test_gpu.py", "test_graphs.py"] if triton.interpreted() else [])]
+if humming.unavailable_because() is not None:
+    collect_ignore.append("test_humming.py")

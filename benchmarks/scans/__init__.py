@@ -1,0 +1,1 @@
+"""What benchmarks/scan.py compares, and how it is timed."""
