@@ -11,7 +11,8 @@ def look_up_values(table_ptr, codes, OFFSET: tl.constexpr):
     if OFFSET is None:
         values = tl.load(table_ptr + codes)
     else:
-        values = codes.to(tl.float32) + OFFSET
+        # 2^23 + code, as bits: the conversion of integers is a slow instruction
+        values = (codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 - OFFSET)
     return values
 
 
@@ -37,15 +38,17 @@ def read_zero_point(
 @triton.jit
 def decode_rows(
     words_ptr, scale_ptr, zero_ptr, table_ptr, index_ptr, out_ptr,
-    first, rows, columns, words, groups, group, zero_words, one_scale,
+    first, rows, columns, words, groups, zero_words, one_scale,
     BITS: tl.constexpr, BASE3: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr,
-    SCALED: tl.constexpr, INDEXED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+    SCALED: tl.constexpr, INDEXED: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """Out ``[rows, columns]`` of the rows ``first`` on, or of those in ``index``.
 
-    A unit is the shortest run of codes that ends with a word: its words are read once, and spread over its codes.
+    A unit is a run of codes that lies within a word, or two: these are read once, and spread over its codes. GROUP: its
+    columns; 0 where a row is one.
     """
-    COUNT: tl.constexpr = 5 if BASE3 else 32 // BITS if 32 % BITS == 0 else 32
+    COUNT: tl.constexpr = 5 if BASE3 else 32 // BITS if 32 % BITS == 0 else 8 if BITS == 3 else 4
     local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if INDEXED:
         row = tl.load(index_ptr + local, mask=local < rows, other=0)
@@ -67,20 +70,23 @@ def decode_rows(
         word = tl.load(words_ptr + row[:, None] * words + unit[None, :], mask=known, other=0)
         codes = (word[:, :, None] >> (inner * BITS)) & ((1 << BITS) - 1)
     else:
-        shift = inner * BITS % 32
-        place = words_ptr + row[:, None, None] * words + unit[None, :, None] * BITS + inner * BITS // 32
-        low = tl.load(place, mask=inside, other=0).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
-        split = inside & (shift + BITS > 32)
-        high = tl.load(place + 1, mask=split, other=0) << ((32 - shift) & 31)
-        codes = (low.to(tl.int32, bitcast=True) | high) & ((1 << BITS) - 1)
+        bit = unit * (COUNT * BITS)
+        known = (local < rows)[:, None] & (unit * COUNT < columns)[None, :]
+        place = words_ptr + row[:, None] * words + (bit // 32)[None, :]
+        shift = bit % 32
+        more = known & (shift + COUNT * BITS > 32)[None, :]
+        low = tl.load(place, mask=known, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
+        high = tl.load(place + 1, mask=more, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
+        run = ((low | (high << 32)) >> shift[None, :].to(tl.uint64)).to(tl.int32)
+        codes = (run[:, :, None] >> (inner * BITS)) & ((1 << BITS) - 1)
     values = look_up_values(table_ptr, codes, OFFSET)
     if SCALED:
         own = row[:, None, None] * (1 - one_scale)
         if WHOLE:  # units lie within groups
-            at = unit[None, :, None] * COUNT // group
+            at = unit[None, :, None] * COUNT // GROUP if GROUP > 0 else unit[None, :, None] * 0
             known = (local < rows)[:, None, None] & (unit[None, :, None] * COUNT < columns)
         else:
-            at = column // group
+            at = column // GROUP if GROUP > 0 else column * 0
             known = inside
         if ZERO != 0:
             values -= read_zero_point(

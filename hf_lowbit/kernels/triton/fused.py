@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """The Triton kernel that multiplies packed codes as it reads them, for few tokens.
 
-A tile of codes is loaded as it lies in memory, 16 bits (a chunk) at a time. The i-th codes of all chunks are one
-operand of the tensor cores, and the inputs that belong to them the other: a sum does not depend on its order, so codes
-never have to be put into theirs. Tiles are ``[slices, rows, chunks]``: each warp has slices of its own.
+A tile of codes is loaded as it lies in memory, a unit at a time: 16 bits (a chunk), or three words where codes cross
+chunks. The i-th codes of all units are one operand of the tensor cores, and the inputs that belong to them the other: a
+sum does not depend on its order, so codes never have to be put into theirs. Tiles are ``[slices, rows, units]``: each
+warp has slices of its own.
 """
 
 import triton
@@ -19,6 +20,36 @@ def follow(DEPENDENT: tl.constexpr):
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def read_units(words_ptr, row, unit, known, words, WORDS: tl.constexpr, WHOLE: tl.constexpr):
+    """Chunks, or the three words of each unit."""
+    if WORDS == 0:
+        return (load(words_ptr.to(tl.pointer_type(tl.int16)) + row * (words * 2) + unit, known, WHOLE),)
+    else:
+        place = words_ptr + row * words + unit * WORDS
+        return (load(place, known, WHOLE), load(place + 1, known, WHOLE), load(place + 2, known, WHOLE))
+
+
+@triton.jit
+def load(place, known, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(place)
+    return tl.load(place, mask=known, other=0)
+
+
+@triton.jit
+def pick_code(units, WORDS: tl.constexpr, BITS: tl.constexpr, INDEX: tl.constexpr):
+    """The codes of an index, of all units: for formats without instructions."""
+    BIT: tl.constexpr = INDEX * BITS
+    if WORDS == 0:
+        code = units[0].to(tl.int32) >> BIT
+    else:
+        code = (units[BIT // 32].to(tl.uint32, bitcast=True) >> (BIT % 32)).to(tl.int32, bitcast=True)
+        if BIT % 32 + BITS > 32:
+            code |= units[BIT // 32 + 1] << (32 - BIT % 32)
+    return code & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -50,47 +81,53 @@ def finish(
 @triton.jit
 def fused(
     x_ptr, words_ptr, scale_ptr, zero_ptr, table_ptr, grid_ptr, x_scale_ptr, out_ptr,
-    tokens, rows, chunks, words, groups, zero_words, scale_stride, x_stride, step, offset,
+    tokens, rows, units, words, groups, zero_words, scale_stride, x_stride, step, offset,
     BITS: tl.constexpr, COUNT: tl.constexpr, INSTRUCTIONS: tl.constexpr, OPERANDS: tl.constexpr,
     OFFSET: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr,
-    X_SCALE: tl.constexpr, SUMS: tl.constexpr, GROUP_SLICES: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
-    SINGLE: tl.constexpr, DEPENDENT: tl.constexpr,
-    SLICES: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    X_SCALE: tl.constexpr, SUMS: tl.constexpr, GROUP_SLICES: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
+    WHOLE: tl.constexpr, SINGLE: tl.constexpr, DEPENDENT: tl.constexpr, WORDS: tl.constexpr,
+    SLICES: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Inputs ``[tokens, columns]`` times codes of 1, 2, 4 or 8 bits: ``[tokens, rows]``.
+    """Inputs ``[tokens, columns]`` times packed codes: ``[tokens, rows]``.
 
     Slices lie within one group of weights (GROUP_SLICES of them make one; 0: a row is a group), or have PARTS of them,
     so that scales multiply float32 sums and not weights; and so do ``step``, ``offset`` and zero points, the latter two
-    times the sum of the inputs (SUMS). ``table_ptr`` is of the inputs' type, ``grid_ptr`` float32. WHOLE: rows end with
-    a tile.
+    times the sum of the inputs (SUMS). Or slices have several groups (SCALED, that many), and weights are multiplied by
+    their scales as they are unpacked, and rounded. ``table_ptr`` is of the inputs' type, ``grid_ptr`` float32. WHOLE:
+    rows end with a tile.
     """
     follow(DEPENDENT)
     PER_LOAD: tl.constexpr = min(COUNT, 4)
     LOADS: tl.constexpr = COUNT // PER_LOAD
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
-    SHAPE: tl.constexpr = [SLICES, CHUNKS, TOKENS]
+    SHAPE: tl.constexpr = [SLICES, UNITS, TOKENS]
     first = tl.program_id(0).to(tl.int64) * ROWS
     s = tl.arange(0, SLICES)[:, None, None]
     r = tl.minimum(tl.arange(0, ROWS), (rows - 1 - first).to(tl.int32))[None, :, None]  # past the last: not stored
     m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[None, None, :]
-    across = tl.arange(0, CHUNKS)[None, None, :]
-    down = tl.arange(0, CHUNKS)[None, :, None]
-    codes_ptr = words_ptr.to(tl.pointer_type(tl.int16)) + first * (words * 2)
+    across = tl.arange(0, UNITS)[None, None, :]
+    down = tl.arange(0, UNITS)[None, :, None]
+    words_ptr += first * words
     inputs_ptr = x_ptr.to(tl.pointer_type(tl.int64 if PER_LOAD == 4 else tl.int32))
     scales_ptr = scale_ptr.to(tl.pointer_type(SCALE)) + first * scale_stride
-    ones = tl.full([SLICES, ROWS, CHUNKS], 1.0, tl.float32).to(TYPE)
+    ones = tl.full([SLICES, ROWS, UNITS], 1.0, tl.float32).to(TYPE)
     total = tl.zeros([SLICES, ROWS, TOKENS], tl.float32)
     sums = tl.zeros([SLICES, ROWS, TOKENS], tl.float32)
-    for tile in tl.range(0, tl.cdiv(chunks, SLICES * CHUNKS), num_stages=STAGES):
+    for tile in tl.range(0, tl.cdiv(units, SLICES * UNITS), num_stages=STAGES):
         piece = tile * SLICES + s
-        chunk = piece * CHUNKS
-        if WHOLE:
-            codes = tl.load(codes_ptr + r * (words * 2) + (chunk + across))
-        else:
-            codes = tl.load(codes_ptr + r * (words * 2) + (chunk + across), mask=chunk + across < chunks, other=0)
+        unit = piece * UNITS
+        codes = read_units(words_ptr, r, unit + across, unit + across < units, words, WORDS, WHOLE)
+        operands = codes
+        if SCALED > 0:
+            group = piece * SCALED + tl.arange(0, SCALED)[None, None, :]
+            # Only loads and what is computed of them alone are put where operands have to be without another copy.
+            scale = load(scales_ptr + r * scale_stride + group, group < groups, WHOLE)
+            scale = tl.broadcast_to(scale[:, :, :, None], [SLICES, ROWS, SCALED, UNITS // SCALED])
+            scale = tl.reshape(scale, [SLICES, ROWS, UNITS])
+            operands = codes + (scale.to(tl.int16, bitcast=True),)
         if INSTRUCTIONS is not None:
             values = tl.inline_asm_elementwise(
-                INSTRUCTIONS, OPERANDS, [codes], dtype=(tl.int16,) * COUNT, is_pure=True, pack=2
+                INSTRUCTIONS, OPERANDS, operands, dtype=(tl.int16,) * COUNT, is_pure=True, pack=2
             )
         for part in tl.static_range(PARTS):
             if GROUP_SLICES > 0:
@@ -99,16 +136,17 @@ def fused(
             else:
                 dots = total
             for j in tl.static_range(LOADS):
-                place = inputs_ptr + (chunk + down) * LOADS + j
+                place = inputs_ptr + (unit + down) * LOADS + j
                 if PARTS > 1:  # the others' inputs are zeros
-                    known = (chunk + down < chunks) & (down // (CHUNKS // PARTS) == part)
+                    known = (unit + down < units) & (down // (UNITS // PARTS) == part)
                 else:
-                    known = chunk + down < chunks
+                    known = unit + down < units
                 packed = read_inputs(place, m, tokens, x_stride, known, SHAPE, SINGLE, WHOLE and PARTS == 1)
                 for i in tl.static_range(PER_LOAD):
                     if INSTRUCTIONS is None:
-                        code = (codes >> (BITS * (j * PER_LOAD + i))) & ((1 << BITS) - 1)
-                        value = tl.load(table_ptr + code.to(tl.int32))
+                        value = tl.load(table_ptr + pick_code(codes, WORDS, BITS, j * PER_LOAD + i))
+                        if SCALED > 0:
+                            value *= scale
                     else:
                         value = values[j * PER_LOAD + i].to(TYPE, bitcast=True)
                     x = (packed >> (16 * i)).to(tl.int16).to(TYPE, bitcast=True)
@@ -128,7 +166,7 @@ def fused(
                 total += dots * tl.load(scales_ptr + r * scale_stride + group).to(tl.float32)
             else:
                 total = dots
-    if GROUP_SLICES == 0:
+    if GROUP_SLICES == 0 and SCALED == 0:
         if SUMS:
             total = total * step + sums * offset
         if ZERO != 0:

@@ -1,59 +1,139 @@
-"""Launching the Triton kernels: grids, block shapes and arguments."""
+"""Launching the Triton kernels: grids and arguments.
+
+To find out which of its compiled kernels the arguments need takes Triton longer than most products take the GPU. Here
+that is done once for each layout, number of tokens and alignment.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_lowbit.kernels.triton import blocks
 from hf_lowbit.kernels.triton.decode import decode_rows, rescale
 from hf_lowbit.kernels.triton.device import interpreted
 from hf_lowbit.kernels.triton.fused import fused
-from hf_lowbit.kernels.triton.matrix import Matrix
+from hf_lowbit.kernels.triton.matrix import Matrix, Tiling
 from hf_lowbit.kernels.triton.quantize import quantize
-from hf_lowbit.kernels.triton.unpack import CHUNK_BITS
+from hf_lowbit.kernels.triton.unpack import codes_of_unit, words_of_unit
+from hf_lowbit.kernels.triton.wide import arrange, wide
 
 _SCALES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
 _ALIGNMENT = 16
-_DECODED_ROWS, _DECODED_CODES, _RESCALED = 4, 512, 2048  # of a block
+_ARRANGED = 256  # chunks of a block
+_MOST_FOUND = 1 << 12  # launches that are remembered
+_HERE = nullcontext()
+
+
+class _Plan(NamedTuple):
+    """What a launch takes besides tensors, which come first."""
+
+    grid: tuple[int, int, int]
+    numbers: tuple[float, ...]
+    constants: dict[str, Any]
+
+
+_found: dict[Any, tuple[Any, tuple[int, int, int], tuple[Any, ...]]] = {}  # compiled, grid, arguments after tensors
+
+
+def _launch(kernel: Any, key: tuple[Any, ...], tensors: tuple[Tensor | None, ...], plan: Callable[[], _Plan]) -> None:
+    """Launch by plan. It is asked where no launch before had the key, the device, and tensors of the same alignment."""
+    first = tensors[0]
+    assert first is not None
+    with _on(first):
+        key = (
+            kernel,
+            first.device,
+            *key,
+            *[part if part is None else part.data_ptr() % _ALIGNMENT for part in tensors],
+        )
+        if (found := _found.get(key)) is not None:
+            compiled, grid, others = found
+            compiled[grid](*tensors, *others)
+            return
+        grid, numbers, constants = plan()
+        arguments = (*tensors, *numbers)
+        compiled = kernel[grid](*arguments, **constants)
+        if len(_found) >= _MOST_FOUND:
+            _found.clear()
+        if compiled is not None:  # the interpreter compiles nothing
+            names = kernel.arg_names[len(arguments) :]
+            _found[key] = compiled, grid, (*numbers, *(constants[name] for name in names))
 
 
 def launch_fused(x: Tensor, matrix: Matrix, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x ``[tokens, columns]`` of a 16-bit type to ``[tokens, rows]`` in ``dtype``, times ``x_scale`` ``[tokens]``."""
     layout, packed = matrix.layout, matrix.packed
-    tiling, unpacking = layout.tiling, layout.unpacking
+    tiling = layout.tiling if x_scale is None else layout.exact_tiling
     assert tiling is not None
-    if not x.is_contiguous() or x.data_ptr() % _ALIGNMENT:
-        x = x.clone(memory_format=torch.contiguous_format)
-    tokens, rows = x.shape[0], matrix.rows
-    shape = block_of(tokens, matrix)
-    out = torch.empty(tokens, rows, dtype=dtype, device=x.device)
-    words, groups = packed.weight.shape[1], packed.scale.shape[1]
-    count = CHUNK_BITS // packed.spec.bits
-    chunks = matrix.columns // count
-    dependent = _overlaps(x.device)
-    grid = (triton.cdiv(rows, shape["ROWS"]), triton.cdiv(tokens, shape["TOKENS"]))
-    arguments = (
-        x, packed.weight, packed.scale, packed.zero_point, matrix.table(x.dtype), matrix.table(torch.float32), x_scale,
-        out, tokens, rows, chunks, words, groups, _zero_words(matrix), 0 if packed.scale.shape[0] < rows else groups,
+    x = _aligned(x)
+    out = torch.empty(x.shape[0], matrix.rows, dtype=dtype, device=x.device)
+    instructions = layout.scaled if tiling.scales_weights else layout.unpacking.instructions
+    tensors = (
+        x, packed.weight, packed.scale, packed.zero_point, None if instructions else matrix.table(x.dtype),
+        matrix.table(torch.float32) if layout.zero_kind == 2 and layout.offset is None else None, x_scale, out,
+    )  # fmt: skip
+    key = (layout, *out.shape, packed.scale.shape[0], dtype)
+    _launch(fused, key, tensors, lambda: _fused_plan(x, matrix, tiling, instructions, x_scale is not None))
+    return out
+
+
+def _fused_plan(x: Tensor, matrix: Matrix, tiling: Tiling, instructions: str | None, has_x_scale: bool) -> _Plan:
+    layout, packed, unpacking = matrix.layout, matrix.packed, matrix.layout.unpacking
+    tokens, rows, bits = x.shape[0], matrix.rows, packed.spec.bits
+    shape = blocks.fused_block(tokens, rows, bits, tiling)
+    count, words, groups = codes_of_unit(bits), packed.weight.shape[1], packed.scale.shape[1]
+    units, scaled = matrix.columns // count, tiling.parts if tiling.scales_weights else 0
+    numbers = (
+        tokens, rows, units, words, groups, _zero_words(matrix), 0 if packed.scale.shape[0] < rows else groups,
         matrix.columns // min(4, count), unpacking.step, unpacking.offset,
     )  # fmt: skip
-    constants: dict[str, Any] = {
-        "BITS": packed.spec.bits, "COUNT": count, "INSTRUCTIONS": unpacking.instructions,
-        "OPERANDS": "=r," * count + "r", "OFFSET": layout.offset,
-        "ZERO": layout.zero_kind, "SCALE": _SCALES[packed.spec.scale_dtype], "X_SCALE": x_scale is not None,
-        "WHOLE": chunks % (shape["SLICES"] * tiling.chunks) == 0, "SINGLE": tokens == 1, "DEPENDENT": dependent,
-        "SUMS": unpacking.offset != 0 or layout.zero_kind != 0, "GROUP_SLICES": tiling.group_slices,
-        "PARTS": tiling.parts, "CHUNKS": tiling.chunks, **shape,
+    constants = {
+        "BITS": bits, "COUNT": count, "WORDS": words_of_unit(bits), "INSTRUCTIONS": instructions,
+        "OPERANDS": _operands(bits, scaled > 0), "OFFSET": layout.offset, "ZERO": layout.zero_kind,
+        "SCALE": _SCALES[packed.spec.scale_dtype], "X_SCALE": has_x_scale,
+        "SUMS": not scaled and (unpacking.offset != 0 or layout.zero_kind != 0),
+        "GROUP_SLICES": 0 if scaled else tiling.group_slices, "PARTS": 1 if scaled else tiling.parts, "SCALED": scaled,
+        "WHOLE": units % (shape["SLICES"] * tiling.units) == 0, "SINGLE": tokens == 1, "UNITS": tiling.units,
+        **shape, **_dependence(x.device),
     }  # fmt: skip
-    if dependent:
-        constants["launch_pdl"] = True
-    with _on(x):
-        fused[grid](*arguments, **constants)
+    return _Plan((triton.cdiv(rows, shape["ROWS"]), triton.cdiv(tokens, shape["TOKENS"]), 1), numbers, constants)
+
+
+def launch_wide(x: Tensor, matrix: Matrix) -> Tensor:
+    """x ``[tokens, columns]`` of the type of the matrix's scales to ``[tokens, rows]`` in it."""
+    layout, packed, bits = matrix.layout, matrix.packed, matrix.packed.spec.bits
+    x = _aligned(x)
+    tokens, rows, count = x.shape[0], matrix.rows, codes_of_unit(bits)
+    chunks, key = matrix.columns // count, (layout, tokens, rows)
+    arranged = torch.empty(count, tokens, chunks, dtype=x.dtype, device=x.device)
+    out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+
+    def plan_arrange() -> _Plan:
+        constants = {"COUNT": count, "BLOCK": _ARRANGED, **_dependence(x.device)}
+        return _Plan((tokens, triton.cdiv(chunks, _ARRANGED), 1), (tokens, chunks), constants)
+
+    def plan_wide() -> _Plan:
+        assert layout.tiling is not None
+        of_block = blocks.wide_tokens(tokens)
+        constants = {
+            "BITS": bits, "COUNT": count, "INSTRUCTIONS": layout.scaled, "OPERANDS": _operands(bits, True),
+            "GROUP_SLICES": layout.tiling.group_slices, "ROWS": blocks.WIDE_ROWS, "CHUNKS": layout.tiling.units,
+            "TOKENS": of_block, "STAGES": blocks.WIDE_STAGES, "num_warps": blocks.WIDE_WARPS, **_dependence(x.device),
+        }  # fmt: skip
+        numbers = (tokens, rows, chunks, packed.weight.shape[1], packed.scale.shape[1])
+        return _Plan((triton.cdiv(rows, blocks.WIDE_ROWS), triton.cdiv(tokens, of_block), 1), numbers, constants)
+
+    table = None if layout.scaled else matrix.table(x.dtype)
+    _launch(arrange, key, (x, arranged), plan_arrange)
+    _launch(wide, key, (arranged, packed.weight, packed.scale, table, out), plan_wide)
     return out
 
 
@@ -66,22 +146,29 @@ def launch_decode(
         table: float32 values to take instead of the format's.
         scaled: multiply by scales, less zero points; False leaves values of the table.
     """
-    layout, packed = matrix.layout, matrix.packed
-    spec, groups, rows = packed.spec, packed.scale.shape[1], out.shape[0]
-    group = matrix.columns // groups
-    base3 = spec.packing == "base3"
-    codes = 5 if base3 else 32 // spec.bits if 32 % spec.bits == 0 else 32
-    units = triton.next_power_of_2(max(1, _DECODED_CODES // codes))
-    grid = (triton.cdiv(rows, _DECODED_ROWS), triton.cdiv(matrix.columns, units * codes))
-    with _on(out):
-        decode_rows[grid](
-            packed.weight, packed.scale, packed.zero_point, matrix.table(torch.float32) if table is None else table,
-            index, out, first, rows, matrix.columns, packed.weight.shape[1], groups, group, _zero_words(matrix),
+    layout, packed, spec = matrix.layout, matrix.packed, matrix.packed.spec
+    offset = layout.offset if table is None else None
+
+    def plan() -> _Plan:
+        rows, groups, base3 = out.shape[0], packed.scale.shape[1], spec.packing == "base3"
+        codes = 5 if base3 else 32 // spec.bits if 32 % spec.bits == 0 else 8 if spec.bits == 3 else 4
+        units = triton.next_power_of_2(max(1, min(blocks.DECODED_CODES, matrix.columns) // codes))
+        numbers = (
+            first, rows, matrix.columns, packed.weight.shape[1], groups, _zero_words(matrix),
             int(packed.scale.shape[0] < matrix.rows),
-            BITS=spec.bits, BASE3=base3, OFFSET=layout.offset if table is None else None, ZERO=layout.zero_kind,
-            SCALE=_SCALES[spec.scale_dtype], SCALED=scaled, INDEXED=index is not None, WHOLE=group % codes == 0,
-            ROWS=_DECODED_ROWS, UNITS=units,
         )  # fmt: skip
+        constants = {
+            "BITS": spec.bits, "BASE3": base3, "OFFSET": offset, "ZERO": layout.zero_kind,
+            "SCALE": _SCALES[spec.scale_dtype], "SCALED": scaled, "INDEXED": index is not None,
+            "GROUP": matrix.columns // groups if groups > 1 else 0, "WHOLE": matrix.columns // groups % codes == 0,
+            "ROWS": blocks.DECODED_ROWS, "UNITS": units,
+        }  # fmt: skip
+        grid = (triton.cdiv(rows, blocks.DECODED_ROWS), triton.cdiv(matrix.columns, units * codes), 1)
+        return _Plan(grid, numbers, constants)
+
+    values = matrix.table(torch.float32) if table is None and offset is None else table
+    key = (layout, first, out.shape[0], matrix.rows, packed.scale.shape[0], out.dtype, table is None, scaled)
+    _launch(decode_rows, key, (packed.weight, packed.scale, packed.zero_point, values, index, out), plan)
 
 
 def launch_quantize(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -100,29 +187,15 @@ def launch_quantize(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 def launch_rescale(sums: Tensor, token_scale: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """int32 sums ``[m, rows]`` times float32 scales ``[m, 1]`` and ``[rows, 1]``, in ``dtype``, in one pass."""
     out = torch.empty(sums.shape, dtype=dtype, device=sums.device)
-    grid = (sums.shape[0], triton.cdiv(sums.shape[1], _RESCALED))
+    grid = (sums.shape[0], triton.cdiv(sums.shape[1], blocks.RESCALED))
     with _on(out):
-        rescale[grid](sums, token_scale.contiguous(), row_scale.contiguous(), out, sums.shape[1], BLOCK=_RESCALED)
+        rescale[grid](sums, token_scale.contiguous(), row_scale.contiguous(), out, sums.shape[1], BLOCK=blocks.RESCALED)
     return out
 
 
-def block_of(tokens: int, matrix: Matrix) -> dict[str, int]:
-    """Block shape, stages and warps, as benchmarks/speed_gpu.py measures them best on an H200."""
-    assert matrix.layout.tiling is not None
-    bits, many, short = matrix.packed.spec.bits, matrix.rows >= 8192, matrix.layout.tiling.chunks == 16
-    if tokens > 16:
-        return _block(4, 32, 32, 3, 4)
-    if tokens > 8:
-        return _block(4, 64, 16, 3, 4) if many else _block(8, 32, 16, 3, 4)
-    if many:
-        return _block(4, 32, 8, 3, 4) if bits in (2, 8) else _block(8, 16 if short and tokens == 1 else 32, 8, 3, 4)
-    if bits == 4:
-        return _block(16, 16, 8, 3, 4) if short else _block(8, 32, 8, 3, 4)
-    return _block(8, 16, 8, 4, 4) if bits == 8 else _block(8, 32, 8, 3, 8)
-
-
-def _block(slices: int, rows: int, tokens: int, stages: int, warps: int) -> dict[str, int]:
-    return {"SLICES": slices, "ROWS": rows, "TOKENS": tokens, "STAGES": stages, "num_warps": warps}
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous, and where vectors of it can be loaded."""
+    return x.clone(memory_format=torch.contiguous_format) if not x.is_contiguous() or x.data_ptr() % _ALIGNMENT else x
 
 
 def _zero_words(matrix: Matrix) -> int:
@@ -135,11 +208,14 @@ def _overlaps(device: torch.device) -> bool:
     return not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def _operands(bits: int, scaled: bool) -> str:
+    return ",".join(["=r"] * codes_of_unit(bits) + ["r"] * ((2 * words_of_unit(bits) or 1) + scaled))
+
+
+def _dependence(device: torch.device) -> dict[str, Any]:
+    return {"DEPENDENT": True, "launch_pdl": True} if _overlaps(device) else {"DEPENDENT": False}
+
+
 def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else _Nowhere()
-
-
-class _Nowhere:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
+    here = not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(tensor.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.formats import PackedTensor, WeightSpec
+from hf_lowbit.formats.spec import SCALE_DTYPES
 from hf_lowbit.kernels.triton.device import interpreted, runs_on
-from hf_lowbit.kernels.triton.unpack import CHUNK_BITS, TABLE, Unpacking, unpacking
+from hf_lowbit.kernels.triton.unpack import TABLE, Unpacking, codes_of_unit, scaled, unpacking, words_of_unit
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HALF_TYPES = (torch.bfloat16, torch.float16)
-_SLICE_CHUNKS = 16  # the shortest side of a product in the tensor cores
-_MOST_PARTS = 2
+_SLICE_UNITS = 16  # the shortest side of a product in the tensor cores
+_WIDTHS = (1, 2, 3, 4, 6, 8)
+_MOST_PARTS = 2  # one after another, the other's inputs zeros
 
 
 @dataclass(frozen=True)
@@ -23,21 +26,25 @@ class Tiling:
     """How a row is cut for the fused kernel.
 
     Attributes:
-        chunks: in a slice.
+        units: in a slice.
         group_slices, parts: slices of a group, or groups of a slice; 0 and 1 where a row is one group.
+        scales_weights: slices of several groups are multiplied by their scales as they are unpacked.
     """
 
-    chunks: int
+    units: int
     group_slices: int = 0
     parts: int = 1
+    scales_weights: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """What is the same for all tensors of a specification and width."""
+    """What is the same for all tensors of a specification and width: one object, known by its identity."""
 
     tiling: Tiling | None
+    exact_tiling: Tiling | None  # whose scales multiply sums
     unpacking: Unpacking
+    scaled: str | None  # instructions that multiply by scales, too; None: a table's values are
     offset: float | None  # of consecutive integers: the first value
     zero_kind: int
     is_exact: bool  # bfloat16 holds its values
@@ -81,34 +88,51 @@ def _layout(spec: WeightSpec, columns: int, dtype: torch.dtype) -> Layout:
     table = torch.zeros(1) if spec.has_fitted_table else spec.number_format.table
     table = table[torch.isfinite(table)]
     fits = dtype in _HALF_TYPES and float(table.abs().max()) <= torch.finfo(dtype).max
-    tiling = _tiling(spec, columns) if fits else None
-    instructions = TABLE if tiling is None or interpreted() else unpacking(spec, dtype)
+    exact_tiling = _tiling(spec, columns, dtype, False) if fits else None
+    tiling = _tiling(spec, columns, dtype, True) if fits else None
+    how, with_scales = _instructions(spec, dtype) if tiling is not None and not interpreted() else (TABLE, None)
     zero_kind = 0 if spec.symmetric else 2 if spec.has_integer_zero_point else 1
     offset = float(spec.number_format.table[0]) if spec.format == "int" and spec.bits > 1 else None
     is_exact = not spec.has_fitted_table and torch.equal(table.bfloat16().float(), table)
-    return Layout(tiling, instructions, offset, zero_kind, is_exact)
+    return Layout(tiling, exact_tiling, how, with_scales, offset, zero_kind, is_exact)
 
 
-def _tiling(spec: WeightSpec, columns: int) -> Tiling | None:
-    """None where chunks split codes, or groups do not fit the fused kernel: rows are decoded first then."""
-    groups = spec.groups(columns)
+def _tiling(spec: WeightSpec, columns: int, dtype: torch.dtype, scales_weights: bool) -> Tiling | None:
+    """None where units split codes, or groups do not fit the fused kernel: rows are decoded first then.
+
+    Args:
+        scales_weights: where slices have several groups; where scales are not of ``dtype``, too, these do not.
+    """
+    groups, words = spec.groups(columns), words_of_unit(spec.bits)
     group = columns // groups
-    if spec.packing != "dense" or CHUNK_BITS % spec.bits:
+    if spec.packing != "dense" or spec.bits not in _WIDTHS:
         return None
-    codes = CHUNK_BITS // spec.bits
-    if columns % codes or (groups > 1 and group % codes):
+    how, with_scales = _instructions(spec, dtype)
+    codes = codes_of_unit(spec.bits)
+    if columns % codes or (groups > 1 and group % codes) or (words and how == TABLE):
         return None
+    sizes = (_SLICE_UNITS,) if words else (2 * _SLICE_UNITS, _SLICE_UNITS)
     if groups == 1:
-        return Tiling(2 * _SLICE_CHUNKS)
-    chunks = group // codes
-    for size in (2 * _SLICE_CHUNKS, _SLICE_CHUNKS):
-        if chunks % size == 0:
-            return Tiling(size, chunks // size)
-    if _SLICE_CHUNKS % chunks == 0 and _SLICE_CHUNKS // chunks <= _MOST_PARTS:
-        return Tiling(_SLICE_CHUNKS, 1, _SLICE_CHUNKS // chunks)
-    return None
+        return Tiling(sizes[0])
+    units = group // codes
+    for size in sizes:
+        if units % size == 0:
+            return Tiling(size, units // size)
+    can_scale = SCALE_DTYPES[spec.scale_dtype] == dtype and spec.symmetric and (how == TABLE or with_scales is not None)
+    if scales_weights and can_scale:
+        return Tiling(sizes[0], 1, sizes[0] // units, True) if sizes[0] % units == 0 else None
+    parts = _SLICE_UNITS // units
+    fits = not words and units * parts == _SLICE_UNITS and parts <= _MOST_PARTS
+    return Tiling(_SLICE_UNITS, 1, parts) if fits else None
+
+
+def _instructions(spec: WeightSpec, dtype: torch.dtype) -> tuple[Unpacking, str | None]:
+    """How codes become values, and values times scales."""
+    how, count = unpacking(spec, dtype), codes_of_unit(spec.bits)
+    return how, scaled(how, count, count + (2 * words_of_unit(spec.bits) or 1), dtype)
 
 
 @lru_cache(maxsize=256)
 def _table(spec: WeightSpec, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return spec.number_format.table.to(device, dtype)
+    with ThreadPoolExecutor(1) as outside:  # memory made while a CUDA graph is warmed up would be the graph's
+        return outside.submit(spec.number_format.table.to, device, dtype).result()

@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 from hf_lowbit.formats import ActivationSpec
 from hf_lowbit.formats.packed import from_bits
+from hf_lowbit.formats.spec import SCALE_DTYPES
+from hf_lowbit.kernels.triton.blocks import FUSED_TOKENS, is_wide
+from hf_lowbit.kernels.triton.device import interpreted
 from hf_lowbit.kernels.triton.matrix import FLOAT_TYPES, Matrix
+from hf_lowbit.kernels.triton.unpack import CHUNK_BITS
 
-# The most tokens for which decoding in registers beats decoding to memory and a product of floats, by width: the
-# narrower, the more inputs there are to each byte.
-FUSED_TOKENS = {1: 8, 2: 16, 4: 64, 8: 32}
-_TILE_ELEMENTS = 1 << 27  # decoded at a time in forward: 256 MB in 16 bits, any matrix of an 8B model but its head
+_TILE_ROWS = 4096  # decoded at a time in forward: fewer, and products are slower; more, and they leave the cache
 _GRADIENT_ELEMENTS = 1 << 22
 _MOST_COLUMNS = 1 << 15  # of a token that one block reads
 _UNIT_MULTIPLE = 16  # of every side of a product in int8 or float8
@@ -34,16 +35,31 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
     """
     if not x.shape[0]:
         return x.new_empty(0, matrix.rows)
+    if suits_wide(x, matrix):
+        from hf_lowbit.kernels.triton.launch import launch_wide
+
+        return launch_wide(x, matrix)
     if is_fused(matrix) and x.shape[0] <= _most_fused(matrix):
         from hf_lowbit.kernels.triton.launch import launch_fused
 
         return launch_fused(x, matrix, None, x.dtype)
-    if matrix.rows * matrix.columns <= _TILE_ELEMENTS:
+    if matrix.rows <= _TILE_ROWS:
         return F.linear(x, decode_rows(matrix, slice(None), x.dtype))
     result = x.new_empty(x.shape[0], matrix.rows)
-    for rows, tile in _tiles(matrix, x.dtype, _TILE_ELEMENTS):
-        result[:, rows] = x @ tile.t()
+    for rows, tile in _tiles(matrix, x.dtype, _TILE_ROWS):
+        torch.mm(x, tile.t(), out=result[:, rows])
     return result
+
+
+def suits_wide(x: Tensor, matrix: Matrix) -> bool:
+    """Whether x has the number of tokens, and the matrix the layout and the size, for the kernel between the others."""
+    layout, packed = matrix.layout, matrix.packed
+    tiling, spec = layout.tiling, packed.spec
+    if tiling is None or tiling.parts > 1 or not is_wide(x.shape[0], matrix.rows, tiling.units):
+        return False
+    scales = spec.symmetric and SCALE_DTYPES[spec.scale_dtype] == x.dtype and packed.scale.shape[0] == matrix.rows
+    whole = spec.bits in (2, 4, 8) and matrix.columns * spec.bits % (CHUNK_BITS * tiling.units) == 0
+    return scales and whole and (interpreted() or (layout.scaled is not None and _is_hopper(x)))
 
 
 def quantizes(x: Tensor, activation: ActivationSpec) -> bool:
@@ -64,7 +80,7 @@ def quantize_tokens(x: Tensor, activation: ActivationSpec) -> tuple[Tensor, Tens
 def multiplies_codes(matrix: Matrix, activation: ActivationSpec) -> bool:
     """Whether :func:`linear_of_codes` takes these inputs: one scale per token, and both sides exact in bfloat16."""
     exact = activation.format in ("int", "float8_e4m3fn") or activation.floating_point is not None
-    return activation.group_size is None and exact and is_fused(matrix) and matrix.layout.is_exact
+    return activation.group_size is None and exact and matrix.layout.exact_tiling is not None and matrix.layout.is_exact
 
 
 def linear_of_codes(codes: Tensor, scale: Tensor, matrix: Matrix, dtype: torch.dtype) -> Tensor | None:
@@ -85,11 +101,7 @@ def linear_of_codes(codes: Tensor, scale: Tensor, matrix: Matrix, dtype: torch.d
         return None
     if codes.dtype == torch.int8 and spec.number_format.integer_multiplier is not None:
         return _int8_product(codes, scale, matrix, dtype)
-    if (
-        codes.dtype == torch.float8_e4m3fn == _FLOAT8.get(spec.format)
-        and dtype == torch.bfloat16
-        and _has_float8(codes)
-    ):
+    if codes.dtype == torch.float8_e4m3fn == _FLOAT8.get(spec.format) and dtype == torch.bfloat16 and _is_hopper(codes):
         weight = matrix.packed.weight.view(torch.float8_e4m3fn)
         row_scale = from_bits(matrix.packed.scale, spec.scale_dtype).expand(matrix.rows, 1)
         return torch._scaled_mm(codes, weight.t(), scale, row_scale.t().contiguous(), out_dtype=dtype)
@@ -113,7 +125,7 @@ def linear_gradient(gradient: Tensor, matrix: Matrix) -> Tensor:
     if matrix.rows * matrix.columns <= _GRADIENT_ELEMENTS:
         return gradient @ decode_rows(matrix, slice(None), gradient.dtype)
     result = torch.zeros(gradient.shape[0], matrix.columns, device=gradient.device)
-    for rows, tile in _tiles(matrix, gradient.dtype, _GRADIENT_ELEMENTS):
+    for rows, tile in _tiles(matrix, gradient.dtype, max(16, _GRADIENT_ELEMENTS // matrix.columns)):
         result += gradient[:, rows] @ tile
     return result.to(gradient.dtype)
 
@@ -143,13 +155,13 @@ def _most_fused(matrix: Matrix) -> int:
     return FUSED_TOKENS[matrix.packed.spec.bits]
 
 
-def _has_float8(tensor: Tensor) -> bool:
+def _is_hopper(tensor: Tensor) -> bool:
+    """Or newer: it multiplies float8, and takes one side of a product from registers."""
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
-def _tiles(matrix: Matrix, dtype: torch.dtype, elements: int) -> Iterator[tuple[slice, Tensor]]:
+def _tiles(matrix: Matrix, dtype: torch.dtype, step: int) -> Iterator[tuple[slice, Tensor]]:
     """Row ranges and their decoded rows, in one buffer that the next tile overwrites."""
-    step = max(16, elements // matrix.columns)
     buffer = torch.empty(min(step, matrix.rows), matrix.columns, dtype=dtype, device=matrix.packed.weight.device)
     for start in range(0, matrix.rows, step):
         rows = slice(start, min(start + step, matrix.rows))

@@ -1,4 +1,6 @@
-"""How codes become operands of the tensor cores: PTX for two chunks of codes at a time.
+"""How codes become operands of the tensor cores: PTX for two units of codes at a time.
+
+A unit is a chunk of 16 bits where these hold whole codes, else (3 and 6 bits) three words, the shortest run that does.
 
 A code is put into the mantissa of a 16-bit float whose unit is one, so that base + code costs one instruction for two
 codes; what the base adds to a product is taken away from its float32 sum, not from every weight (compare Kim et al.
@@ -19,15 +21,26 @@ import torch
 from hf_lowbit.formats import WeightSpec
 
 CHUNK_BITS = 16
+_WORD_BITS = 32
+
+
+def words_of_unit(bits: int) -> int:
+    """Three words, or 0 for a chunk of 16 bits."""
+    return 0 if CHUNK_BITS % bits == 0 else 3
+
+
+def codes_of_unit(bits: int) -> int:
+    """How many codes lie in it."""
+    return (words_of_unit(bits) * _WORD_BITS or CHUNK_BITS) // bits
 
 
 @dataclass(frozen=True)
 class Unpacking:
-    """Values of a chunk's codes: step * (what is given - base) + start; a table's if nothing is.
+    """Values of a unit's codes: step * (what is given - base) + start; a table's if nothing is.
 
     Attributes:
-        instructions: PTX; the last operand is two chunks of 16 bits, ``$0`` and so on are pairs of floats: the first
-            codes of both, the second ones, and so on.
+        instructions: PTX; ``$0`` and so on are pairs of floats: the first codes of two units, the second ones, and so
+            on. The operands after them are both units: two chunks in one, or the first words, the second, the third.
         step, offset: of the sum of products: step * sum(v x) + offset * sum(x), offset = start - step * base.
     """
 
@@ -44,29 +57,88 @@ def unpacking(spec: WeightSpec, dtype: torch.dtype) -> Unpacking:
     """For a number format and inputs of bfloat16 or float16; :data:`TABLE` where there is no arithmetic for it."""
     if spec.has_fitted_table:
         return TABLE
-    codes = torch.arange(2**spec.bits, dtype=torch.float32)
+    bits, codes = spec.bits, torch.arange(2**spec.bits, dtype=torch.float32)
     table = spec.number_format.table
     written = codes < 3 if spec.format == "ternary" else torch.ones_like(codes, dtype=torch.bool)
     start, step = float(table[0]), float(table[1] - table[0])
-    count = CHUNK_BITS // spec.bits
+    moves, places = _places(bits)
     if torch.equal((start + step * codes)[written], table[written]):
-        base = -128 if dtype == torch.bfloat16 and spec.bits == 8 else 128 if dtype == torch.bfloat16 else 1024
-        return Unpacking(_block(_integer(spec.bits, i, count, dtype) for i in range(count)), step, start - step * base)
-    for exponent_bits in range(1, min(spec.bits, 6)):
+        base = -128 if dtype == torch.bfloat16 and bits == 8 else 128 if dtype == torch.bfloat16 else 1024
+        lines = [_integer(bits, i, source, shift, dtype) for i, (source, shift) in enumerate(places)]
+        return Unpacking(_block(moves + lines), step, start - step * base)
+    for exponent_bits in range(1, min(bits, 6)):
         if (factor := _factor(table, exponent_bits, dtype)) is not None:
-            return Unpacking(
-                _block(_minifloat(spec.bits, exponent_bits, factor, i, count, dtype) for i in range(count))
-            )
-    return Unpacking(_block([_look_up(table.to(dtype))])) if spec.bits == 4 else TABLE
+            lines = [
+                _minifloat(bits, exponent_bits, factor, i, source, shift, dtype)
+                for i, (source, shift) in enumerate(places)
+            ]
+            return Unpacking(_block(moves + lines))
+    return Unpacking(_block([_look_up(table.to(dtype))])) if bits == 4 else TABLE
+
+
+def scaled(how: Unpacking, count: int, operand: int, dtype: torch.dtype) -> str | None:
+    """Instructions that also multiply by a pair of scales, the given operand: rounded once, as decoded rows are.
+
+    None where they do not say all, or the type does not hold what is added and multiplied.
+    """
+    if how.instructions is None:
+        return None
+    moves = [(how.step, how.offset)]
+    if not _holds(dtype, how.offset):  # the base away first, an integer of few digits
+        base = float(int(-how.offset / how.step))
+        moves = [(1.0, -base), (how.step, how.offset + how.step * base)]
+    if not all(_holds(dtype, number) for pair in moves for number in pair):
+        return None
+    name, lines = "bf16x2" if dtype == torch.bfloat16 else "f16x2", []
+    for step, offset in moves:
+        if (step, offset) != (1.0, 0.0):
+            lines.append(f"mov.b32 a, {_twice(_bits(step, dtype))}; mov.b32 b, {_twice(_bits(offset, dtype))};")
+            lines += [f"fma.rn.{name} ${i}, ${i}, a, b;" for i in range(count)]
+    lines.append(f"mov.b32 c, {_twice(0x8000)};")
+    lines += [f"fma.rn.{name} ${i}, ${i}, ${operand}, c;" for i in range(count)]
+    return how.instructions[:-1] + " ".join(lines) + " }"
+
+
+def _holds(dtype: torch.dtype, number: float) -> bool:
+    return float(torch.tensor(number, dtype=torch.float64).to(dtype)) == number
 
 
 def _block(lines: Iterable[str]) -> str:
-    return "{ .reg .b32 t, a, b, c, e, f, g, h, k, m; " + " ".join(lines) + " }"
+    return "{ .reg .b32 t, a, b, c, e, f, g, h, k, m; .reg .b32 w<12>; " + " ".join(lines) + " }"
 
 
-def _integer(bits: int, index: int, count: int, dtype: torch.dtype) -> str:
-    shift, chunks = index * bits, f"${count}"
-    low = f"shr.u32 t, {chunks}, {shift};" if shift else f"mov.b32 t, {chunks};"
+def _places(bits: int) -> tuple[list[str], list[tuple[str, int]]]:
+    """Instructions that bring 16 bits of both units into one register, and where each code lies: register and shift."""
+    count = codes_of_unit(bits)
+    if not words_of_unit(bits):
+        return [], [(f"${count}", bits * i) for i in range(count)]
+    windows: dict[int, str] = {}
+    moves, places = [], []
+    for bit in range(0, bits * count, bits):
+        start = bit // 16 * 16
+        if bit + bits > start + 16:  # across two chunks: the window half a chunk on
+            start += 8
+        if start not in windows:
+            windows[start] = f"w{len(windows)}"
+            moves.append(_window(start, count, windows[start]))
+        places.append((windows[start], bit - start))
+    return moves, places
+
+
+def _window(start: int, first: int, register: str) -> str:
+    """16 bits from ``start`` on, a whole byte, of two units whose words are the operands from ``first`` on."""
+    word, octet = divmod(start // 8, 4)
+    one, other = f"${first + 2 * word}", f"${first + 2 * word + 1}"
+    if octet < 3:
+        return f"prmt.b32 {register}, {one}, {other}, 0x{5 + octet}{4 + octet}{1 + octet}{octet};"
+    return (
+        f"prmt.b32 a, {one}, ${first + 2 * word + 2}, 0x0043; prmt.b32 b, {other}, ${first + 2 * word + 3}, 0x0043; "
+        f"prmt.b32 {register}, a, b, 0x5410;"
+    )
+
+
+def _integer(bits: int, index: int, source: str, shift: int, dtype: torch.dtype) -> str:
+    low = f"shr.u32 t, {source}, {shift};" if shift else f"mov.b32 t, {source};"
     mask = _twice((1 << bits) - 1)
     if dtype == torch.float16:  # 1024 + code
         return f"{low} lop3.b32 ${index}, t, {mask}, {_twice(0x6400)}, 0xEA;"
@@ -80,14 +152,15 @@ def _integer(bits: int, index: int, count: int, dtype: torch.dtype) -> str:
     )
 
 
-def _minifloat(bits: int, exponent_bits: int, factor: float, index: int, count: int, dtype: torch.dtype) -> str:
+def _minifloat(
+    bits: int, exponent_bits: int, factor: float, index: int, source: str, shift: int, dtype: torch.dtype
+) -> str:
     """Sign to the highest bit, exponent and mantissa to where the type's exponent ends."""
     mantissa, name = (7, "bf16x2") if dtype == torch.bfloat16 else (10, "f16x2")
-    shift, chunks = index * bits, f"${count}"
     up = mantissa - (bits - 1 - exponent_bits) - shift
-    move = f"shl.b32 m, {chunks}, {up};" if up >= 0 else f"shr.u32 m, {chunks}, {-up};"
+    move = f"shl.b32 m, {source}, {up};" if up >= 0 else f"shr.u32 m, {source}, {-up};"
     magnitude = _twice(((1 << (bits - 1)) - 1) << (up + shift))
-    sign = f"shl.b32 a, {chunks}, {CHUNK_BITS - shift - bits};"
+    sign = f"shl.b32 a, {source}, {CHUNK_BITS - shift - bits};"
     both = f"and.b32 m, m, {magnitude}; lop3.b32 m, a, {_twice(0x8000)}, m, 0xEA;"
     scale = f"mov.b32 f, {_twice(_bits(factor, dtype))}; mov.b32 b, {_twice(0x8000)};"
     return f"{move} {sign} {both} {scale} fma.rn.{name} ${index}, m, f, b;"

@@ -10,11 +10,19 @@ from torch import Tensor
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, decode
 from hf_lowbit.kernels import kernel_of, packed_linear, packed_linears, quantize_tokens, triton
+from hf_lowbit.kernels.triton.products import suits_wide
 from tests.kernels.cpu.matrices import FORMATS, random_packed
 
 DEVICE = "cpu" if triton.interpreted() else "cuda"
 # numpy has no bfloat16, and the interpreter is slow
 DTYPES = (torch.float32, torch.float16) if triton.interpreted() else tuple(triton.FLOAT_TYPES)
+ACTIVATIONS = (
+    None,
+    ActivationSpec("int", 8),
+    ActivationSpec("int", 8, symmetric=False),
+    ActivationSpec("float8_e4m3fn", 8),
+)
+ACTIVATIONS = ACTIVATIONS[:1] if triton.interpreted() else ACTIVATIONS  # codes are multiplied in bfloat16
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 SHAPES = ((33, 576), (7, 101)) if triton.interpreted() else ((1, 192), (33, 576), (7, 101), (70, 1024))
 TOKENS = (1, 5) if triton.interpreted() else (1, 5, 12, 17, 70)
@@ -64,11 +72,61 @@ def test_common_widths_are_multiplied_as_they_are_read(name: str, group_size: in
     assert matrix is not None and triton.is_fused(matrix)
 
 
+@pytest.mark.parametrize("name", ("int1", "int2", "int3", "int6", "fp_e3m2", "ternary"))
+@pytest.mark.parametrize("group_size", (None, 32, 64, 128, 512))
+def test_scales_of_the_type_of_the_inputs(name: str, group_size: int | None) -> None:
+    """They multiply weights where a slice has several groups."""
+    dtype = torch.float16 if triton.interpreted() else torch.bfloat16
+    scale_dtype = str(dtype).removeprefix("torch.")
+    for rows, columns in ((33, 1024), (5, 1536)):
+        packed = random_packed(rows, columns, group_size=group_size, scale_dtype=scale_dtype, **FORMATS[name])
+        matrix = triton.describe(moved(packed), dtype)
+        assert matrix is not None and triton.is_fused(matrix)
+        for tokens in TOKENS[:3]:
+            x = inputs(tokens, columns, dtype)
+            assert relative(triton.linear(x, matrix), x, packed) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", ("int2", "int4", "int8", "nf4"))
+@pytest.mark.parametrize("group_size", (None, 128, 256))
+def test_some_hundred_tokens(name: str, group_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On matrices that are large enough: here, all."""
+    monkeypatch.setattr("hf_lowbit.kernels.triton.products.is_wide", lambda *_: True)
+    dtype = torch.float16 if triton.interpreted() else torch.bfloat16
+    scale_dtype = str(dtype).removeprefix("torch.")
+    packed = random_packed(130, 512, group_size=group_size, scale_dtype=scale_dtype, **FORMATS[name])
+    matrix = triton.describe(moved(packed), dtype)
+    assert matrix is not None
+    for tokens in (33, 70) if triton.interpreted() else (33, 64, 65, 128, 200, 256):
+        x = inputs(tokens, 512, dtype)
+        assert suits_wide(x, matrix)
+        assert relative(triton.linear(x, matrix), x, packed) < TOLERANCE[dtype]
+
+
+def test_a_launch_found_before_is_found_for_the_same_arguments_only() -> None:
+    """Other alignments, numbers of tokens and types are other kernels."""
+    packed = random_packed(64, 256, bits=4, group_size=64)
+    matrix = triton.describe(moved(packed), torch.float16)
+    assert matrix is not None
+    buffer = torch.empty(packed.weight.numel() + 1, dtype=torch.int32, device=DEVICE)
+    shifted = dataclasses.replace(moved(packed), weight=buffer[1:].view_as(packed.weight).copy_(packed.weight))
+    other = triton.describe(shifted, torch.float16)
+    assert other is not None
+    for _ in range(2):
+        for tokens in (1, 2, 1):
+            x = inputs(tokens, 256, torch.float16)
+            for one in (matrix, other):
+                assert relative(triton.linear(x, one), x, packed) < TOLERANCE[torch.float16]
+                assert torch.equal(
+                    triton.decode_rows(one, slice(1, 4), torch.float16).cpu(), decode(packed).half()[1:4]
+                )
+
+
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
-@pytest.mark.parametrize("name", ("int2", "int4", "int4-zero", "int8", "nf4"))
+@pytest.mark.parametrize("name", ("int2", "int3", "int4", "int4-zero", "int6", "int8", "nf4"))
 @pytest.mark.parametrize("tokens", (3, 12))
 def test_a_token_that_is_not_finite_stays_so_alone(value: float, name: str, tokens: int) -> None:
-    packed = random_packed(16, 256, group_size=64, **FORMATS[name])
+    packed = random_packed(16, 256, group_size=64, scale_dtype="float16", **FORMATS[name])
     x = torch.ones(tokens, 256, dtype=torch.float16)
     x[1, 7] = value
     y = packed_linear(x.to(DEVICE), moved(packed), backend="triton").cpu()
@@ -96,11 +154,7 @@ def test_strided_inputs_and_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("tokens", (1, 24, 200))
-@pytest.mark.parametrize(
-    "activation",
-    (None, ActivationSpec("int", 8), ActivationSpec("int", 8, symmetric=False), ActivationSpec("float8_e4m3fn", 8)),
-    ids=str,
-)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("fields", ({"bits": 4, "group_size": 64}, {"bits": 8}, {"format": "float8_e4m3fn", "bits": 8}))
 def test_every_route_agrees_with_the_reference_backend(
     tokens: int, activation: ActivationSpec | None, fields: dict[str, object]
@@ -133,6 +187,17 @@ def test_gradients() -> None:
 
 
 def test_what_reports_say() -> None:
-    assert kernel_of(moved(random_packed(8, 256, bits=4, group_size=64)), None, "triton") == "triton"
-    assert kernel_of(moved(random_packed(8, 256, bits=3, group_size=64)), None, "triton") == "triton, decoded"
+    def kernel(activation: ActivationSpec | None = None, columns: int = 512, **fields: object) -> str:
+        return kernel_of(moved(random_packed(8, columns, **fields)), activation, "triton")
+
+    eight = ActivationSpec("int", 8)
+    for bits in (1, 2, 3, 4, 6, 8):
+        assert kernel(bits=bits, group_size=64) == "triton"
+    assert kernel(bits=3, group_size=64, columns=576) == "triton"
+    for bits in (5, 7):
+        assert kernel(bits=bits, group_size=64) == "triton, decoded"
+    assert kernel(bits=3, group_size=64, symmetric=False) == "triton, decoded"
+    assert kernel(bits=3, group_size=64, scale_dtype="float32") == "triton, decoded"
+    assert kernel(eight, bits=2, group_size=64) == kernel(eight, bits=3) == "triton"
+    assert kernel(eight, bits=3, group_size=64) == "torch"
     assert kernel_of(moved(random_packed(8, 256, bits=4)), None, "reference") == "torch"

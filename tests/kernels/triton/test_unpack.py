@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lowbit.formats import WeightSpec
-from hf_lowbit.kernels.triton.unpack import CHUNK_BITS, TABLE, unpacking
+from hf_lowbit.formats import WeightSpec, pack_codes
+from hf_lowbit.kernels.triton.unpack import TABLE, Unpacking, codes_of_unit, scaled, unpacking, words_of_unit
 from tests.kernels.cpu.matrices import FORMATS
 
 ARITHMETIC = [
     name
     for name, fields in FORMATS.items()
-    if CHUNK_BITS % fields["bits"] == 0 and (name == "nf4" or not name.startswith(("nf", "power", "fitted")))
+    if fields["bits"] not in (5, 7) and (name == "nf4" or not name.startswith(("nf", "power", "fitted")))
 ]
 WITH_INSTRUCTIONS = [  # the others are looked up in memory
     (name, dtype)
@@ -25,9 +25,10 @@ WITH_INSTRUCTIONS = [  # the others are looked up in memory
 ]
 
 
-def run(instructions: str, chunks: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
-    """PTX on pairs of chunks ``[n]`` in int64; the pairs of floats ``[n, 2]`` of each output."""
-    registers: dict[str, Tensor | int] = {f"${count}": chunks}
+def run(instructions: str, inputs: list[Tensor], count: int, dtype: torch.dtype) -> list[Tensor]:
+    """PTX on words ``[n]`` in int64; the pairs of floats ``[n, 2]`` of each output."""
+    chunks = inputs[0]
+    registers: dict[str, Tensor | int] = {f"${count + i}": words for i, words in enumerate(inputs)}
 
     def read(name: str) -> Tensor:
         value = registers[name] if name in registers else int(name, 0)
@@ -62,25 +63,52 @@ def run(instructions: str, chunks: Tensor, count: int, dtype: torch.dtype) -> li
     return [floats(f"${index}") for index in range(count)]
 
 
+def random_units(spec: WeightSpec) -> tuple[Tensor, list[Tensor]]:
+    """Codes ``[300, 2, count]`` of pairs of units, and the words ``[300]`` of them, as instructions read them."""
+    count, words = codes_of_unit(spec.bits), words_of_unit(spec.bits)
+    written = torch.arange(2**spec.bits)[torch.isfinite(spec.number_format.table)]
+    written = written[written < 3] if spec.format == "ternary" else written
+    codes = written[torch.randint(len(written), (300, 2, count), generator=torch.Generator().manual_seed(0))]
+    if not words:
+        chunks = (codes << torch.arange(count) * spec.bits).sum(-1)
+        return codes, [chunks[:, 0] | chunks[:, 1] << 16]
+    packed = pack_codes(codes.to(torch.uint8), spec.bits).long() & 0xFFFFFFFF
+    return codes, [packed[:, unit, word] for word in range(words) for unit in range(2)]
+
+
 @pytest.mark.parametrize(("name", "dtype"), WITH_INSTRUCTIONS)
 def test_instructions_give_the_values_of_the_table(name: str, dtype: torch.dtype) -> None:
     spec = WeightSpec(**FORMATS[name])
     how, table = unpacking(spec, dtype), spec.number_format.table.double()
-    written = torch.arange(2**spec.bits)[torch.isfinite(table)]
-    written = written[written < 3] if spec.format == "ternary" else written
     assert how.instructions is not None
-    count = CHUNK_BITS // spec.bits
-    codes = written[torch.randint(len(written), (300, 2, count), generator=torch.Generator().manual_seed(0))]
-    chunks = (codes << torch.arange(count) * spec.bits).sum(-1)
-    pairs = chunks[:, 0] | chunks[:, 1] << 16
-    for index, values in enumerate(run(how.instructions, pairs, count, dtype)):
+    codes, words = random_units(spec)
+    for index, values in enumerate(run(how.instructions, words, codes.shape[-1], dtype)):
         expected = table[codes[:, :, index]]
         expected = expected.to(dtype).double() if spec.format == "nf" else expected
         assert torch.equal(how.step * values + how.offset, expected)
 
 
+@pytest.mark.parametrize(("name", "dtype"), WITH_INSTRUCTIONS)
+def test_scaled_ones_give_decoded_weights(name: str, dtype: torch.dtype) -> None:
+    spec = WeightSpec(**FORMATS[name])
+    codes, words = random_units(spec)
+    count, scales = codes.shape[-1], torch.tensor([0.37, 1.5]).to(dtype)
+    pair = int(scales.view(torch.int16)[0]) | int(scales.view(torch.int16)[1]) << 16
+    instructions = scaled(unpacking(spec, dtype), count, count + len(words), dtype)
+    assert instructions is not None
+    words.append(torch.full((300,), pair))
+    for index, values in enumerate(run(instructions, words, count, dtype)):
+        expected = spec.number_format.table[codes[:, :, index]].to(dtype) * scales
+        assert torch.equal(values, expected.double())
+
+
+def test_what_is_not_exact_is_not_scaled() -> None:
+    assert scaled(TABLE, 4, 5, torch.bfloat16) is None
+    assert scaled(Unpacking("{ }", 0.3, 0.0), 4, 5, torch.bfloat16) is None
+
+
 def test_what_has_arithmetic() -> None:
-    for bits in (1, 2, 4, 8):
+    for bits in (1, 2, 3, 4, 6, 8):
         for dtype in (torch.bfloat16, torch.float16):
             assert unpacking(WeightSpec(bits=bits), dtype).instructions is not None
     for format in ("fp_e2m1", "float8_e4m3fn", "float8_e5m2"):
