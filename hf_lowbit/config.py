@@ -74,8 +74,8 @@ class LowbitConfig(QuantizationConfigMixin):
         strict_groups: refuse groups that do not divide a layer's input instead of taking the largest divisor.
         low_rank: compensation of the rounding error, or None.
         tuning: end-to-end tuning of scales and norms after a method that calibrates, or None.
-        backend: force a kernel backend, "reference" (torch), "cpu" (native) or "triton" (NVIDIA GPUs); None picks the
-            best for each product.
+        backend: force a kernel backend, "reference" (torch), "cpu" (native), "triton" (NVIDIA GPUs) or "humming" (the
+            same with another package where that is faster); None picks the best of ours for each product.
         dataset, num_samples, sequence_length, seed: calibration data, for methods that need it. The data itself is
             never stored.
         plan: the final plan as stored; set by quantization.

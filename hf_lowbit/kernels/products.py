@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, decode
-from hf_lowbit.formats import decode_rows as reference_rows
 from hf_lowbit.formats.packed import with_plain_scales
 from hf_lowbit.kernels import cpu, triton
 from hf_lowbit.kernels.activation import Codes, quantize_tokens
+from hf_lowbit.kernels.gpu import gpu_product
 from hf_lowbit.kernels.reference import reference_gradient, reference_product
 from hf_lowbit.kernels.routes import gpu_runs, multiplies_grid, native, on_gpu, route
 from hf_lowbit.kernels.shifted import shifted_product
@@ -41,7 +41,7 @@ def product(
             (result,) = cpu.linear(tokens, (matrix,))
             return result if x.dim() == 2 else result.view(*x.shape[:-1], matrix.rows)
         if (gpu := on_gpu(packed, x.device, x.dtype, backend)) is not None:
-            return triton.linear(tokens, gpu).view(*x.shape[:-1], gpu.rows)
+            return gpu_product(tokens, gpu, backend).view(*x.shape[:-1], gpu.rows)
     elif input_scale is not None and input_shift is None:
         matrix = native(packed, x.device, x.dtype, backend)
         tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -158,7 +158,7 @@ def _products_of_floats(tokens: Tensor, weights: Sequence[PackedTensor], backend
     results = []
     for packed, matrix in zip(weights, matrices, strict=True):
         if (gpu := on_gpu(packed, tokens.device, tokens.dtype, backend)) is not None:
-            results.append(triton.linear(tokens, gpu))
+            results.append(gpu_product(tokens, gpu, backend))
         elif matrix is None:
             results.append(reference_product(tokens, packed, None))
         else:
@@ -191,4 +191,6 @@ def decode_matrix(packed: PackedTensor, dtype: torch.dtype = torch.float32, back
 def look_up_rows(packed: PackedTensor, index: Tensor, dtype: torch.dtype, backend: str | None = None) -> Tensor:
     """Decoded rows ``[n, columns]`` for a 1-D index. Raises IndexError for an index out of range."""
     matrix = native(packed, index.device, dtype, backend)
-    return reference_rows(packed, index).to(dtype) if matrix is None else cpu.decode_rows(matrix, index, dtype)
+    if matrix is None:  # index_select refuses such an index on every device
+        return decode_matrix(packed.rows(index), dtype, backend)
+    return cpu.decode_rows(matrix, index, dtype)

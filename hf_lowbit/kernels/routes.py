@@ -21,9 +21,10 @@ from torch import Tensor
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor
 from hf_lowbit.formats.packed import with_plain_scales
-from hf_lowbit.kernels import cpu, triton
+from hf_lowbit.kernels import cpu, humming, triton
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "humming")
+_OF_GPUS = ("triton", "humming")  # the latter leaves most to the former
 
 # The most tokens for which decoding in registers beats decoding into a tile, by whether torch multiplies the input's
 # type faster than float32 here. Integer inputs always take the native kernel: unpacking with torch costs more than it.
@@ -64,7 +65,7 @@ def on_gpu(packed: PackedTensor, device: torch.device, dtype: torch.dtype, backe
 
 def gpu_runs(device: torch.device, backend: str | None) -> bool:
     """Whether inputs on ``device`` are for the Triton kernels."""
-    return (backend == "triton" or (backend is None and device.type == "cuda")) and triton.runs_on(device)
+    return (backend in _OF_GPUS or (backend is None and device.type == "cuda")) and triton.runs_on(device)
 
 
 def kernel_of(packed: PackedTensor, activation: ActivationSpec | None, backend: str | None) -> str:
@@ -73,7 +74,7 @@ def kernel_of(packed: PackedTensor, activation: ActivationSpec | None, backend: 
     "torch"; "cpu"; or "cpu, row by row" for layouts that the native kernel decodes before it multiplies, at several
     times the cost: groups that cut a lane's run of codes. Multiples of 32 never do, in base 3 multiples of 5. On a GPU
     "triton", or "triton, decoded" for layouts that are decoded to memory first. With ", scales decoded" where scales
-    are codes, which torch decodes at every product.
+    are codes, which torch decodes at every product. With the backend "humming" also how many tokens that takes.
     """
     if packed.scale_range is not None:
         return f"{kernel_of(with_plain_scales(packed), activation, backend)}, scales decoded"
@@ -82,7 +83,8 @@ def kernel_of(packed: PackedTensor, activation: ActivationSpec | None, backend: 
     if gpu is not None:
         if activation is not None:
             return "triton" if triton.multiplies_codes(gpu, activation) else "torch"
-        return "triton" if triton.is_fused(gpu) else "triton, decoded"
+        name = "triton" if triton.is_fused(gpu) else "triton, decoded"
+        return humming.told(name) if backend == "humming" and humming.suits(first) else name
     matrix = native(first, first.weight.device, torch.float32, backend)
     if matrix is None:
         return "torch"
@@ -118,7 +120,7 @@ def why_not(backend: str | None) -> str | None:
         return None
     if backend not in BACKENDS:
         return f"backend {backend!r} does not exist; there are: {', '.join(BACKENDS)}"
-    reason = cpu.unavailable_because() if backend == "cpu" else triton.unavailable_because()
+    reason = {"cpu": cpu, "triton": triton, "humming": humming}[backend].unavailable_because()
     return None if reason is None else f"backend {backend!r} does not run here ({reason}); 'reference' does"
 
 

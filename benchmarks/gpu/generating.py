@@ -1,0 +1,125 @@
+"""Prefill, and decoding: in transformers' `generate`, and as one CUDA graph of a step."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from transformers import CompileConfig, StaticCache
+from transformers.generation.streamers import BaseStreamer
+
+from gpu.timing import microseconds
+
+PROMPT, NEW_TOKENS = 128, 32
+_ROUNDS, _GRAPH_STEPS = 3, 8
+_CACHE = 256  # tokens that the static cache of a graph has room for: the prompt and every replay
+EAGER: dict[str, Any] = {}  # arguments of generate: a cache that grows, layer by layer from Python
+COMPILED: dict[str, Any] = {
+    "cache_implementation": "static",
+    "compile_config": CompileConfig(fullgraph=True, mode="reduce-overhead"),  # with CUDA graphs
+}
+
+
+class TokenClock(BaseStreamer):  # type: ignore[misc]
+    """Notes when new tokens have arrived on the CPU. `generate` gives the prompt first, at its start."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def seconds(self) -> float:
+        """Median between two tokens, so without the prefill."""
+        return statistics.median(later - one for one, later in zip(self.times[1:-1], self.times[2:], strict=True))
+
+
+class BusyClock(TokenClock):
+    """Profiles the GPU from one token on to a later one."""
+
+    FIRST, LAST = 4, NEW_TOKENS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.profiler = profile(activities=[ProfilerActivity.CUDA])
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        if len(self.times) == self.FIRST:
+            self.profiler.start()
+        elif len(self.times) == self.LAST:
+            self.profiler.stop()
+
+    def busy_ms(self) -> float:
+        """Of a step: the time in which the GPU computes, kernels that overlap counted once."""
+        spans = [event.time_range for event in self.profiler.events() if event.device_type == DeviceType.CUDA]
+        return covered((span.start, span.end) for span in spans) / 1e3 / (self.LAST - self.FIRST)
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    length, last = 0.0, -math.inf
+    for start, end in sorted(spans):
+        length += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return length
+
+
+def prompt_of(model: Any, batch: int, tokens: int) -> torch.Tensor:
+    """Random tokens ``[batch, tokens]``: speed does not depend on them."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    return torch.randint(10, model.config.vocab_size, (batch, tokens), device="cuda", generator=generator)
+
+
+def prefill(model: Any, tokens: int) -> float:
+    """Tokens per second of a forward pass of one prompt; median of some after a first."""
+    prompt, times = prompt_of(model, 1, tokens), []
+    for _ in range(1 + _ROUNDS):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        model(prompt, use_cache=True, logits_to_keep=1)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return tokens / statistics.median(times[1:])
+
+
+def generate(model: Any, arguments: dict[str, Any]) -> dict[str, float]:
+    """A greedy continuation of one prompt: tokens per second after the first, and how long the GPU is busy with one.
+
+    "first_call_s" is what the first call took, compiling included; speed is of the second, the GPU's time of the third.
+    """
+    begun = time.perf_counter()
+    _continue(model, TokenClock(), arguments)
+    first, clock, busy = time.perf_counter() - begun, TokenClock(), BusyClock()
+    _continue(model, clock, arguments)
+    _continue(model, busy, arguments)
+    return {"tokens_per_s": 1 / clock.seconds(), "gpu_ms": busy.busy_ms(), "first_call_s": first}
+
+
+def _continue(model: Any, clock: TokenClock, arguments: dict[str, Any]) -> None:
+    prompt = prompt_of(model, 1, PROMPT)
+    model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
+        streamer=clock, **arguments,
+    )  # fmt: skip
+
+
+def graph_of_a_step(model: Any, batch: int) -> dict[str, float]:
+    """Tokens per second of all sequences of a batch, from a CUDA graph of steps: Python takes no time.
+
+    The graph is of the uncompiled model with a static cache.
+    """
+    cache = StaticCache(config=model.config, max_cache_len=_CACHE)
+    model(prompt_of(model, batch, PROMPT), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = prompt_of(model, batch, 1)
+    us = microseconds(lambda _: model(token, past_key_values=cache, use_cache=True), _GRAPH_STEPS)
+    return {"tokens_per_s": batch * 1e6 / us, "gpu_ms": us / 1e3}
