@@ -15,7 +15,7 @@ from hf_lowbit.config import ConfigError
 from hf_lowbit.integrations.atomic import write_folder
 from hf_lowbit.integrations.finish import check_loaded
 from hf_lowbit.method import methods
-from hf_lowbit.nn import CorruptWeightError, PackedEmbedding
+from hf_lowbit.nn import CorruptWeightError
 from hf_lowbit.plan import Plan, install, packed_modules
 from hf_lowbit.reporting import REPORT_FILE
 from hf_lowbit.state import QuantizationState, attach_state, state_of
@@ -34,8 +34,8 @@ def save(module: nn.Module, folder: str | Path) -> None:
     if state is None:
         raise ValueError("this module is not quantized: call hf_lowbit.quantize first")
     tensors, tied = _unique(module.state_dict())
-    embeddings = {name: part for name, part in packed_modules(module).items() if isinstance(part, PackedEmbedding)}
-    dtypes = {name: str(part.output_dtype.dtype).removeprefix("torch.") for name, part in embeddings.items()}
+    buffers = {name: part._buffers.get("output_dtype") for name, part in packed_modules(module).items()}
+    dtypes = {name: str(empty.dtype).removeprefix("torch.") for name, empty in buffers.items() if empty is not None}
 
     def write(staged: Path) -> None:
         save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -71,10 +71,10 @@ def load(folder: str | Path, skeleton: nn.Module) -> nn.Module:
         if original not in tensors:
             raise CorruptWeightError(f"{duplicate} is tied to {original}, which {WEIGHTS_FILE} does not have")
         tensors[duplicate] = tensors[original]
-    for embedding, dtype in values.get("embedding_dtypes", {}).items():
-        if embedding not in plan.layers or not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-            raise ConfigError(f"{folder / CONFIG_FILE}: there is no embedding {embedding!r} of type {dtype!r}")
-        skeleton.get_submodule(embedding).to(getattr(torch, dtype))
+    for layer, dtype in values.get("embedding_dtypes", {}).items():  # and heads that have a type
+        if layer not in plan.layers or not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise ConfigError(f"{folder / CONFIG_FILE}: there is no layer {layer!r} of type {dtype!r}")
+        skeleton.get_submodule(layer).to(getattr(torch, dtype))
     _check_tensors(tensors, skeleton.state_dict())
     skeleton.load_state_dict(_as_parameters(tensors, skeleton), assign=True)
     check_loaded(skeleton, plan)

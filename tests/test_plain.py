@@ -233,8 +233,8 @@ def test_an_edited_plan_that_does_not_fit_the_model(
         (lambda v: v.update(quantization_config=[]), "lowbit_config.json"),
         (lambda v: v.pop("quantization_config"), "lowbit_config.json"),
         (lambda v: v.update(tied=["head.weight"]), "lowbit_config.json"),
-        (lambda v: v.update(embedding_dtypes={"embed": "load"}), "no embedding 'embed' of type 'load'"),
-        (lambda v: v.update(embedding_dtypes={"offset": "float16"}), "no embedding 'offset'"),
+        (lambda v: v.update(embedding_dtypes={"embed": "load"}), "no layer 'embed' of type 'load'"),
+        (lambda v: v.update(embedding_dtypes={"offset": "float16"}), "no layer 'offset'"),
     ],
 )
 def test_an_edited_config_is_refused(folder: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:

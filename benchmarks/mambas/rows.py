@@ -14,6 +14,7 @@ W4A8 = {"bits": 4, "activation_bits": 8}
 W4A16 = {"bits": 4, "activation_bits": None}
 ENDS = {"quantize_embeddings": True, "quantize_lm_head": True}
 NO_CLIP = {"percentile": 100.0, "state_percentile": 100.0, "percentile_sigma": None}
+FIRST_IN_8_BITS = {"overrides": {"layers.0": {"bits": 8, "group_size": None}}}  # which a search of blocks finds, too
 ONE_CLUSTER = {"head_clusters": 1, "channel_clusters": 1}
 
 
@@ -57,6 +58,10 @@ def _nearest() -> Iterator[Row]:
     yield Row("rtn-w4a8", "rtn", {**W4A8, "group_size": 128})
     yield Row("rtn-w4a16", "rtn", {**W4A16, "group_size": 128}, timed=True)
     yield Row("gptq-w4a16", "gptq", {**W4A16, "group_size": 128})
+    for size in (128, 64):
+        groups = {**W4A16, "group_size": size}
+        yield Row(f"signround-w4a16-{size}", "signround", {**groups, "iterations": 50})
+        yield Row(f"auto-w4a16-{size}", "auto", groups)
 
 
 def _quamba(generation: int) -> Iterator[Row]:
@@ -78,6 +83,10 @@ def _quamba2() -> Iterator[Row]:
         yield Row(f"quamba2-{name}", "quamba2", bits, timed=True)
         yield Row(f"quamba2-{name}-ends", "quamba2", {**bits, **ENDS})
     yield Row("quamba2-w4ax", "quamba2", W4A8, mixed=True)
+    for name, bits in (("w4a8", W4A8), ("w4a16", W4A16)):
+        yield Row(f"quamba2-{name}-64", "quamba2", {**bits, "group_size": 64})
+        yield Row(f"quamba2-{name}-first-8", "quamba2", {**bits, **FIRST_IN_8_BITS})
+        yield Row(f"quamba2-{name}-64-first-8", "quamba2", {**bits, **FIRST_IN_8_BITS, "group_size": 64})
     yield Row("quamba2-w4a8-nearest", "quamba2", {**W4A8, "weights": "nearest"})
     yield Row("quamba2-w4a16-nearest", "quamba2", {**W4A16, "weights": "nearest"})
     yield Row("quamba2-w4a8-unrotated", "quamba2", {**W4A8, "rotate": False})

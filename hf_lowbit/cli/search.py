@@ -50,6 +50,22 @@ def search_command(
             show_default="none",
         ),
     ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COUNT|quarter",
+            help="Instead of bits: which so many blocks gain most from better fields (W4AX of quamba2).",
+            show_default="none",
+        ),
+    ] = None,
+    better: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=VALUE",
+            help="Of --blocks: what these get, as in overrides: --better bits=8. May be repeated.",
+            show_default="activation_bits=none",
+        ),
+    ] = None,
     metric: Annotated[
         str,
         typer.Option(
@@ -113,7 +129,9 @@ def search_command(
     ] = True,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Find the bits of every layer that lose least within a budget, and write a config for quantize."""
+    """Find the bits of every layer that lose least within a budget, or the blocks that are worth more than others, and
+    write a config for quantize.
+    """
     started = time.monotonic()
     with work():
         from hf_lowbit.cli.settings import build_config
@@ -126,7 +144,8 @@ def search_command(
         if is_pipeline:
             from hf_lowbit.cli.search_pipeline import search_to
 
-            _refuse("a pipeline", {"--data": data, "--ranks": ranks}, "it draws what it is measured on: give --prompts")
+            refused = {"--data": data, "--ranks": ranks, "--blocks": blocks, "--better": better}
+            _refuse("a pipeline", refused, "it draws what it is measured on: give --prompts")
             named = method or ("mixdq" if config_file is None else None)
             config = build_config(named, config_file, fields, assignments or [])
             _check_output(output)
@@ -144,6 +163,19 @@ def search_command(
             )
             _check_given(data)
             config = build_config(method, config_file, fields, assignments or [])
+        if blocks is not None and not is_pipeline:
+            from hf_lowbit.cli.search_blocks import search_blocks_to
+
+            _refuse(
+                "searched by --blocks",
+                {"--bits-per-weight": bits_per_weight, "--candidates": candidates, "--ranks": ranks},
+                "bits are given by the config",
+            )
+            _check_output(output)
+            check_data(data)
+            chosen = search_blocks_to(model, config, str(data), blocks, better or [], output)
+        elif not is_pipeline:
+            _refuse("searched without --blocks", {"--better": better}, "it says what chosen blocks get")
             bits = _parse_numbers("--candidates", candidates or "2,3,4,8", "bits", "2,3,4,8")
             chosen_ranks = None if ranks is None else _parse_numbers("--ranks", ranks, "ranks", "0,8,16,32")
             budget = 3.25 if bits_per_weight is None else bits_per_weight
@@ -157,6 +189,11 @@ def search_command(
         from hf_lowbit.cli.search_pipeline import show
 
         show(drawn, model, output, kept, seconds, json_output)
+        return
+    if blocks is not None:
+        from hf_lowbit.cli.search_blocks import show_blocks
+
+        show_blocks(chosen, model, str(data), better or [], output, seconds, json_output)
         return
     if json_output:
         print_json({**result.to_dict(), "model": model, "output": str(output), "command_seconds": seconds})

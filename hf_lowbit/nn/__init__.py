@@ -17,6 +17,7 @@ from hf_lowbit.nn.kinds import KINDS, kind_of, refusal_of, register_kind
 from hf_lowbit.nn.linear import PackedConv1D, PackedLinear
 from hf_lowbit.nn.siblings import connect_siblings, disconnect_siblings
 from hf_lowbit.nn.spec import LayerSpec
+from hf_lowbit.nn.stand_in import answer_owner
 from hf_lowbit.nn.state_space.base import PackedMixer
 from hf_lowbit.nn.state_space.mamba import PackedMamba
 from hf_lowbit.nn.state_space.mamba2 import PackedMamba2
@@ -57,6 +58,7 @@ __all__ = [
     "Reassembly",
     "Scaling",
     "TransformSpec",
+    "answer_owner",
     "connect_siblings",
     "disconnect_siblings",
     "keep_columns",

@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hf_lowbit.formats import WeightSpec
-from hf_lowbit.nn import KINDS, LayerSpec, PackedModule, kind_of, refusal_of
+from hf_lowbit.nn import KINDS, LayerSpec, PackedLinear, PackedModule, answer_owner, kind_of, refusal_of
 from hf_lowbit.plan.adapters import check_adapters
 from hf_lowbit.plan.groups import fit_inputs, fitting_group, misfit, widths_of
 from hf_lowbit.plan.mixers import MixerConfig, Mixers, find_mixers, within
 from hf_lowbit.plan.patterns import first_match, generalise
 from hf_lowbit.plan.plan import Plan, PlanError, PlannedLayer
-from hf_lowbit.plan.readers import directly_read
+from hf_lowbit.plan.readers import directly_read, type_read
 
 
 class Compensation(Protocol):
@@ -138,6 +139,8 @@ def install(model: nn.Module, plan: Plan, packed: bool) -> None:
 def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     """Put modules in the places of those called by these names: in every place, where a module is used in several.
 
+    Owners that read the type of a packed layer's weight are told that of the layer it replaces.
+
     Raises:
         PlanError: one of them is the model itself.
     """
@@ -147,7 +150,10 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> 
     places = [(owner, key, id(child)) for owner in model.modules() for key, child in owner._modules.items()]
     for owner, key, original in places:
         if original in by_original:
-            setattr(owner, key, by_original[original])
+            replaced, module = owner._modules[key], by_original[original]
+            setattr(owner, key, module)
+            if isinstance(module, PackedLinear) and type_read(owner, key):
+                answer_owner(owner, key, _float_type(replaced))
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -189,13 +195,21 @@ def _reason_to_skip(
         return reason
     parent, _, child = name.rpartition(".")
     owner = model.get_submodule(parent)
-    if (mixers is None or parent not in mixers.layers) and directly_read(owner, child):
+    is_read = directly_read(owner, child) or (kind != "linear" and type_read(owner, child))
+    if (mixers is None or parent not in mixers.layers) and is_read:
         return f"{type(owner).__name__} reads {child}.weight itself"
     if kind == "embedding" and getattr(module, "max_norm", None) is not None:
         return "an embedding with max_norm rewrites its weights"
     if _columns(module, kind) < 2:
         return "one input per output: there is nothing to pack"
     return None
+
+
+def _float_type(replaced: nn.Module | None) -> torch.dtype:
+    weight = getattr(replaced, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight.dtype
+    return torch.get_default_dtype()
 
 
 def _is_embedding(model: nn.Module, name: str) -> bool:

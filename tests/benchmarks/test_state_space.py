@@ -31,7 +31,8 @@ def part(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.mark.parametrize("generation", [1, 2])
 def test_every_row_is_a_config(part: Any, generation: int) -> None:
     rows = part("rows").all_rows(generation)
-    assert {row.method for row in rows.values()} == {"float", "rtn", "gptq", "quamba", "quamba2", *part("rows").PEERS}
+    methods = {"float", "rtn", "gptq", "signround", "auto", "quamba", "quamba2", *part("rows").PEERS}
+    assert {row.method for row in rows.values()} == methods
     for row in rows.values():
         if row.method in hf_lowbit.methods():
             part("models").config_of(row, {"dataset": "text.txt", "num_samples": 1, "seed": 0})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cli.conftest import Run
 
@@ -77,6 +79,80 @@ def test_ranks_share_the_budget(run: Run, llama: Path, text: Path, tmp_path: Pat
     found = json.loads(output.read_text())
     assert found["low_rank"]["metric"] == "full"
     assert {fields["low_rank"] for fields in found["overrides"].values()} <= {0, 2, 4}
+
+
+@pytest.fixture(scope="module")
+def mamba2(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Mamba-2 with four layers and the Llama's tokenizer."""
+    from transformers import AutoTokenizer, Mamba2Config, Mamba2ForCausalLM
+
+    folder, tokenizer = tmp_path_factory.mktemp("models") / "mamba2", AutoTokenizer.from_pretrained(llama)
+    tokenizer.save_pretrained(folder)
+    heads = {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 8, "chunk_size": 8}
+    torch.manual_seed(0)
+    Mamba2ForCausalLM(
+        Mamba2Config(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=4, **heads, bos_token_id=0)
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_the_blocks_that_are_found_quantize(run_json, mamba2: Path, text: Path, tmp_path: Path) -> None:
+    """W4AX of quamba2: the config says which blocks are W4A16."""
+    output = tmp_path / "w4ax.json"
+    bits = ("--set", "bits=4", "--set", "num_samples=4", "--set", "sequence_length=32")
+    command = ("search", mamba2, "--method", "quamba2", *bits, "--group-size", 16, "--data", text, "--output", output)
+    found = run_json(*command, "--blocks", "quarter")
+    assert found["model"] == str(mamba2) and len(found["losses"]) == 4 and len(found["blocks"]) == 1
+    assert json.loads(output.read_text()) == found["config"]
+    overrides = found["config"]["overrides"]
+    assert overrides and all(fields == {"activation_bits": None} for fields in overrides.values())
+    made = run_json("quantize", mamba2, "--config", output, "--data", text, "--output", tmp_path / "out")
+    reads = {layer["name"]: layer["activation"] for layer in made["layers"] if layer["name"].endswith("in_proj.weight")}
+    full = f"{found['blocks'][0]}.mixer.in_proj.weight"
+    assert len(reads) == 4 and [name for name, activation in reads.items() if activation is None] == [full]
+
+
+def test_terminal_output_lists_blocks(run: Run, llama: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "blocks.json"
+    fields = ("--set", "activation_bits=4", "--data", text, *SMALL, "--output", output)
+    result = run("search", llama, "--method", "rtn", *fields, "--blocks", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "model.layers.1" in result.stdout and result.stdout.count("full precision") == 1
+    assert "1 of 2" in result.stdout and f"hf-lowbit quantize {llama} --config {output} --data {text}" in result.stdout
+
+
+def test_blocks_may_get_other_fields(run_json, llama: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "blocks.json"
+    better = ("--better", "bits=8", "--better", "group_size=row")
+    found = run_json(
+        "search", llama, "--method", "rtn", "--data", text, *SMALL, "--output", output, "--blocks", 1, *better
+    )
+    assert found["config"]["bits"] == 4 and found["blocks"] == [max(found["losses"], key=found["losses"].get)]
+    overrides = list(found["config"]["overrides"].values())
+    assert overrides and all(fields == {"bits": 8, "group_size": None} for fields in overrides)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--better", "bits=8"], "--better is not for what is searched without --blocks"),
+        (["--blocks", "1", "--better", "bats=8"], "cannot set bats"),
+        (["--blocks", "some"], "--blocks takes a number of blocks, or quarter, not 'some'"),
+        (["--blocks", "3"], "count must be a number of blocks, from 0 to 2, not 3"),
+        (["--blocks", "1", "--bits-per-weight", "4"], "--bits-per-weight is not for what is searched by --blocks"),
+        (["--blocks", "1", "--set", "activation_bits=none"], "this config quantizes none: --set activation_bits=8"),
+        (["--method", "quamba2"], "quamba2 packs state-space mixers whole.*--blocks on the command line"),
+        (["--method", "quamba2", "--blocks", "1"], "quamba2 quantizes state-space mixers, and this LlamaForCausalLM"),
+    ],
+)
+def test_wrong_requests_of_blocks(
+    run: Run, llama: Path, text: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    method = () if "--method" in options else ("--method", "rtn", "--set", "activation_bits=8", "--group-size", 32)
+    fields = ("--set", "num_samples=4", "--set", "sequence_length=32", "--data", text, "--output", tmp_path / "a.json")
+    result = run("search", llama, *method, *fields, *options)
+    assert result.exit_code == 2 and re.search(message, result.stderr), result.stderr
+    assert not (tmp_path / "a.json").exists()
 
 
 PIPELINE = Path(__file__).parents[1] / "assets" / "sd-fashion"

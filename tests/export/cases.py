@@ -98,6 +98,9 @@ _ALL = {
     "mixed-experts": Case(_int(8, None, **_mixed(r".*\.experts", 4, 32)), groups=2, model="qwen3_moe"),
     "whisper": Case(_int(4, 32, modules_to_not_convert=["conv1", "conv2"]), model="whisper"),
     "mamba2": Case(_int(4, 32, modules_to_not_convert=["conv1d"]), model="mamba2", recent=True),
+    "mamba2-ends": Case(
+        _int(4, 32, modules_to_not_convert=["conv1d"], **_EMBEDDINGS), model="mamba2", vllm=False, recent=True
+    ),
 }
 # The oldest compressed-tensors packs widths that do not divide 32 in another way, the oldest transformers decodes only
 # after it has read everything: what they do not load is refused.

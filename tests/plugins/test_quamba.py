@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,15 @@ def test_reload_is_exact(rotate: bool, state_scales: str, tmp_path: Path) -> Non
         assert any("stream is rotated" in note for note in report(model).warnings)
 
 
-def simulated(mixer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """A mixer's output and last state for ``[1, T, hidden]``, each in float64 arithmetic on rounded floats."""
+def simulated(mixer: Any, hidden: Tensor, limit: int = 127) -> tuple[Tensor, Tensor]:
+    """A mixer's output and last state for ``[1, T, hidden]``, each in float64 arithmetic on rounded floats.
+
+    With another ``limit`` than the codes' the same ranges are divided into more steps.
+    """
 
     def rounded(x: Tensor, scale: Tensor) -> Tensor:
-        return (x / scale.double()).round().clamp(-127, 127) * scale.double()
+        step = scale.double() * 127 / limit
+        return (x / step).round().clamp(-limit, limit) * step
 
     def product(name: str, x: Tensor) -> Tensor:
         layer = mixer.get_submodule(name)
@@ -168,6 +173,23 @@ def test_the_mixer_computes_what_rounded_floats_do() -> None:
         assert codes.dtype == torch.int8 and cache.get_conv_state(mixer.layer_idx).dtype == torch.int8
         expected = (state / scale.double()).round().clamp(-127, 127)
         assert float((codes[0].double() - expected).abs().max()) <= 1
+
+
+# 3
+@torch.no_grad()
+def test_finer_steps_converge_to_the_float_model() -> None:
+    """Nothing but the rounding stands between the two: its error falls as the steps do, to that of float32."""
+    config = QuambaConfig(percentile=100, state_percentile=100)  # and half of what was seen then is never clipped
+    model, read = quantized(outlier_mamba(), config), dict[int, Tensor]()
+    for index, layer in enumerate(model.backbone.layers):
+        layer.mixer.register_forward_pre_hook(lambda module, args, index=index: read.update({index: args[0]}))
+    model(batches()[0]["input_ids"][:1])
+    floats = hf_lowbit.dequantize(copy.deepcopy(model))
+    for index, layer in enumerate(model.backbone.layers):
+        hidden = read[index] / 2
+        expected = floats.backbone.layers[index].mixer(hidden)
+        errors = [relative(simulated(layer.mixer, hidden, 2**bits - 1)[0], expected) for bits in (7, 10, 13, 24)]
+        assert all(fine < coarse / 4 for coarse, fine in pairwise(errors)) and errors[-1] < 2e-5, errors
 
 
 @cache

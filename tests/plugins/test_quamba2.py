@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lowbit
 from hf_lowbit.calibration.block import Block
@@ -18,6 +18,7 @@ from hf_lowbit.calibration.reordering import channel_magnitudes, reorder_mixer
 from hf_lowbit.calibration.state_space import set_mixer_scales
 from hf_lowbit.kernels import quantize_codes
 from hf_lowbit.nn import Hadamard, PackedLinear
+from hf_lowbit.nn.state_space.geometry import channel_clusters
 from hf_lowbit.plan import packed_modules
 from hf_lowbit_quamba import QuambaConfig
 from hf_lowbit_quamba2 import Quamba2Config
@@ -148,6 +149,33 @@ def test_what_is_large_on_some_text_is_large_on_other() -> None:
         walk(copy.deepcopy(model), look, data, Quamba2Config())
     for first, second in zip(*found, strict=True):
         assert float(torch.corrcoef(torch.stack([first, second]))[0, 1]) > 0.9, "Spearman"
+
+
+# 5
+@torch.no_grad()
+def test_clusters_of_some_text_are_mostly_those_of_other() -> None:
+    """Of a trained model on two halves of a text, drawn at random: from cluster 0, of a head's small channels, to 3."""
+    folder = Path("tests/assets/mamba2-debian")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = Path("tests/assets/debian-text/calibration.txt").read_text("utf-8")[:20_000]
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0, : 32 * 64].view(32, 64)
+    windows = torch.randperm(32, generator=torch.Generator().manual_seed(0)).view(2, 16)
+    found: list[list[Tensor]] = [[], []]
+    for half in range(2):
+
+        def look(block: Block, half: int = half) -> None:
+            (name, mixer), *_ = mixers_of(block).items()
+            order = reorder_mixer(block, name, mixer, (4, 4), "max")
+            clusters = channel_clusters(order.head_ends, order.channel_ends, mixer.geometry) % 4
+            found[half].append(torch.empty_like(clusters).index_put_((order.channels,), clusters))
+
+        walk(copy.deepcopy(model), look, [{"input_ids": ids[windows[half]]}], Quamba2Config())
+    for first, second in zip(*found, strict=True):
+        same, near, shuffled = (
+            float(((first - other).abs() <= most).float().mean())
+            for other, most in ((second, 0), (second, 1), (second.roll(7), 1))
+        )
+        assert same > 0.5 and near > 0.92 and shuffled < 0.8, (same, near, shuffled)
 
 
 # 6

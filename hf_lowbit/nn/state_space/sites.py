@@ -25,6 +25,11 @@ class Sites(nn.Module):
     A scale is float32 as its int32 bit pattern, ``site_<name>_scale``; with clusters their ends stand beside as int32
     ``head_ends`` ``[G, m]`` and ``channel_ends`` ``[G, m, c]``. They appear as they are set; a site without a scale
     computes in floats.
+
+    What is beyond a scale's range has the last code. NaN has none and is code 0, by every backend: a token whose
+    hidden state is NaN keeps it in the residual stream, so that its own logits are NaN, while the states and later
+    tokens see a token whose projections are zeros. Where floats are computed with, it spreads to all later tokens, as
+    in transformers. Finite inputs and codes with finite scales make no NaN.
     """
 
     geometry: Geometry
