@@ -25,8 +25,9 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         return
     figure = new_figure(5.4 * count, 4.4)
     panels = figure.subplots(1, count, squeeze=False)[0]
+    peers = list(dict.fromkeys(row["weight"] for row in products if "copy_us" not in row))
     for axes, shape in zip(panels, shapes, strict=False):
-        _products(axes, shape, [row for row in products if tuple(row["shape"]) == shape])
+        _products(axes, shape, [row for row in products if tuple(row["shape"]) == shape], peers)
     if models:
         _models(panels[-1], models)
     for axes in panels:
@@ -37,19 +38,21 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _products(axes: Any, shape: tuple[int, ...], rows: Sequence[Mapping[str, Any]]) -> None:
+def _products(axes: Any, shape: tuple[int, ...], rows: Sequence[Mapping[str, Any]], peers: Sequence[str]) -> None:
+    """Peers keep their colours from panel to panel, whichever were measured."""
     lines: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["weight"] == OURS or "copy_us" not in row:  # of ours one, of the peers all
             lines.setdefault(row["weight"], {})[row["tokens"]] = row["us"]
             lines.setdefault("bfloat16, torch", {})[row["tokens"]] = row["bfloat16_us"]
-    for index, (name, times) in enumerate(lines.items()):
+    for name, times in lines.items():
         own, tokens = name == OURS, sorted(times)
         label = f"hf_lowbit, {OURS}" if own else name
-        colour = "#1f6fb4" if own else "0.35" if name.startswith("bfloat16") else None
+        index = peers.index(name) if name in peers else None
+        colour = f"C{index + 1}" if index is not None else "#1f6fb4" if own else "0.35"
         axes.plot(
-            tokens, [times[count] for count in tokens], marker="osD^vPX*"[index % 8], markersize=5, label=label,
-            color=colour, linewidth=2.2 if own else 1.2, zorder=3 if own else 2,
+            tokens, [times[count] for count in tokens], marker="o" if index is None else "sD^vPX*"[index % 7],
+            markersize=5, label=label, color=colour, linewidth=2.2 if own else 1.2, zorder=3 if own else 2,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
