@@ -14,6 +14,7 @@ from hf_lowbit.integrations.registration import register_all
 __version__ = "0.1.0"
 
 _LAZY = {
+    "BlockWeights": "hf_lowbit.calibration.placement",
     "ConfigError": "hf_lowbit.config",
     "LowRankConfig": "hf_lowbit.config",
     "LowbitConfig": "hf_lowbit.config",

@@ -20,6 +20,7 @@ from hf_lowbit.calibration.data import CalibrationData, prepare_data
 from hf_lowbit.calibration.low_rank import Compensation
 from hf_lowbit.calibration.parallel import processes, rank, wait_for_all
 from hf_lowbit.calibration.peak import predict_peak
+from hf_lowbit.calibration.placement import BlockWeights, Placement, PlacementError
 from hf_lowbit.calibration.predictions import Predictions
 from hf_lowbit.calibration.snapshot import remember
 from hf_lowbit.calibration.store import TensorStore, default_limit
@@ -49,12 +50,17 @@ class Run:
         folder: where finished blocks are kept for a run that is killed; None for one in the cache, named by the run's
             fingerprint.
         resume: take the blocks of an earlier run of the same model, config and data.
+        device: that blocks are computed on, of :func:`hf_lowbit.calibration.placement.as_device`; None for where the
+            model is.
+        weights: of blocks on the meta device.
         complete: what holds the blocks of calibrated models, to be finished once their result is safe.
     """
 
     undo: bool = True
     folder: Path | None = None
     resume: bool = True
+    device: torch.device | None = None
+    weights: BlockWeights | None = None
     complete: list[Checkpoint] = field(default_factory=list)
 
     def finish(self) -> None:
@@ -76,7 +82,7 @@ def calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run =
     """Quantize a float model in place with a calibrated method.
 
     Raises:
-        PlanError, DataError, ResumeError: before any weight is changed.
+        PlanError, DataError, PlacementError, ResumeError: before any weight is changed.
         QuantizationError: a layer that could not be quantized.
     """
     plan = build_plan(model, config, model_facts(model, shared_weights(model)))
@@ -93,10 +99,12 @@ def calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run =
 def _calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run, plan: Plan) -> None:
     assert recipe.calibrate is not None
     started = time.monotonic()
+    placement = Placement(model, plan.layers, run.device, run.weights)
+    _check_placement(placement, config, recipe, run)
     data = _prepare(model, config)
-    checkpoint = _checkpoint(model, config, data, run)
+    checkpoint = _checkpoint(model, config, data, run, placement)
     limit = default_limit()
-    logger.info("%s", predict_peak(model, plan.layers, data.batches, recipe.targets, limit))
+    logger.info("%s", predict_peak(model, plan.layers, data.batches, recipe.targets, limit, placement))
     original_bits = 8 * next(p.element_size() for p in model.parameters() if p.is_floating_point())
 
     def pack(
@@ -107,17 +115,18 @@ def _calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run,
     with ExitStack() as undo, TensorStore(limit, checkpoint.folder.parent) as store:
         undo.callback(checkpoint.leave)
         if run.undo:
-            undo.callback(_snapshot(model, plan))
+            undo.callback(_snapshot(model, plan, placement))
         predictions = _predictions(model, config, data, store)
         if (notes := _prepare_model(model, config, recipe, data)) is not None:
             plan = _replan(model, config, notes, undo)
+            placement = Placement(model, plan.layers, run.device, run.weights)
         original = None if recipe.refine is None else copy.deepcopy(model)
         walk = Walk(
             model, plan.layers, recipe.calibrate, data.batches, pack,
             targets=recipe.targets, checkpoint=checkpoint, seed=config.seed, limit=limit,
             folder=checkpoint.folder.parent, compensation=_compensation(config, plan),
             rounding=recipe.rounding if recipe.rounds_each else None, percentile=config.activation_percentile,
-            fit_inputs=recipe.fit_inputs, original=original,
+            fit_inputs=recipe.fit_inputs, original=original, placement=placement,
         )  # fmt: skip
         walked = walk.run()
         if recipe.refine is not None and original is not None:
@@ -136,6 +145,24 @@ def _calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run,
         undo.pop_all()
     wait_for_all()
     run.complete.append(checkpoint)
+
+
+def _check_placement(placement: Placement, config: LowbitConfig, recipe: Recipe, run: Run) -> None:
+    """Refuse what needs more of the model at once than is where it is needed.
+
+    What is done to the whole model before the first block (rotating it, choosing ranks) is done where it lies.
+    """
+    training = "tuning" if config.tuning is not None else "its last step" if recipe.refine is not None else None
+    if placement.moves and training is not None:
+        raise PlacementError(
+            f"{training} trains the whole model at once, which does not come and go in blocks: move it to the device "
+            "as a whole, and leave device and weights out"
+        )
+    budget = config.low_rank is not None and config.low_rank.budget_bits is not None
+    whole = "low_rank.budget_bits" if budget else "its first step" if recipe.prepare is not None else None
+    if run.weights is not None and (whole is not None or config.dataset == "self"):
+        what = whole or "dataset='self'"
+        raise PlacementError(f"{what} reads the whole model before its first block: give a model without meta tensors")
 
 
 def _compensation(config: LowbitConfig, plan: Plan) -> Compensation:
@@ -206,14 +233,18 @@ def _prepare(model: nn.Module, config: LowbitConfig) -> CalibrationData:
     return data
 
 
-def _checkpoint(model: nn.Module, config: LowbitConfig, data: CalibrationData, run: Run) -> Checkpoint:
+def _checkpoint(
+    model: nn.Module, config: LowbitConfig, data: CalibrationData, run: Run, placement: Placement
+) -> Checkpoint:
     request = config.copy_with_data(None).to_dict()
     request.pop("provenance", None)  # where the model lies does not decide its bits
     facts = {
         "config": request,
         "data": data.fingerprint,
         "threads": torch.get_num_threads(),
-        "device": str(next(model.parameters()).device),
+        "device": _computer(placement.device),
+        "precision": torch.get_float32_matmul_precision(),
+        "weights": None if run.weights is None else run.weights.fingerprint,
         "processes": processes(),
         "versions": library_versions(),
     }
@@ -233,6 +264,11 @@ def _checkpoint(model: nn.Module, config: LowbitConfig, data: CalibrationData, r
     return checkpoint
 
 
+def _computer(device: torch.device) -> str:
+    """What decides the bits of a product: not which of several equal cards it is."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def _provenance(data: CalibrationData, config: LowbitConfig) -> dict[str, Any]:
     return {
         "data": data.description,
@@ -242,10 +278,11 @@ def _provenance(data: CalibrationData, config: LowbitConfig) -> dict[str, Any]:
     }
 
 
-def _snapshot(model: nn.Module, plan: Plan) -> Callable[[], None]:
+def _snapshot(model: nn.Module, plan: Plan, placement: Placement) -> Callable[[], None]:
     """What puts a model back as it was: its layers, their parameters, and every float tensor in its own type."""
     originals = {name: model.get_submodule(name) for name in plan.layers}
-    restore_tensors = remember(model, copied=torch.float32)  # a block in float32 is worked on in place
+    in_place = placement.device == placement.host  # then a block in float32 is worked on in place
+    restore_tensors = remember(model, copied=torch.float32 if in_place else None)
 
     def restore() -> None:
         replace_modules(model, originals)

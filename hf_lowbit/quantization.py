@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from hf_lowbit.calibration.placement import BlockWeights, Placement, PlacementError, as_device
 from hf_lowbit.config import ConfigError, LowbitConfig
 from hf_lowbit.engine import Run, calibrate
 from hf_lowbit.integrations.calibrating import check_has_data
@@ -25,6 +27,7 @@ from hf_lowbit.integrations.loading import (
     pipeline_components,
     stored_components,
 )
+from hf_lowbit.integrations.offloading import load_without_blocks
 from hf_lowbit.integrations.prompts import Prompts
 from hf_lowbit.integrations.trajectories import record_trajectories
 from hf_lowbit.method import Recipe, config_of, method_of
@@ -49,6 +52,8 @@ def quantize(
     prompts: Sequence[Any] | None = None,
     steps: int | None = None,
     timesteps: int | None = None,
+    device: str | torch.device | None = None,
+    weights: BlockWeights | Literal["disk"] | None = None,
     **arguments: Any,
 ) -> Any:
     """Quantize a model.
@@ -69,6 +74,16 @@ def quantize(
             data; conditional and unconditional calls are samples alike.
         steps: of denoising; by default the pipeline's.
         timesteps: how many of the steps are recorded, evenly spaced; by default all, at most 25.
+        device: that computes, such as "cuda"; by default the one that the model is on. The model stays where it is, a
+            folder's on the CPU: its blocks come to the device one at a time and go back packed, activations stay in the
+            host's memory, and on disk beyond half of what is free. So the device holds one block and what surrounds the
+            blocks, and the bits are those of a model that is there as a whole. What a method does to the whole model
+            before its first block runs where the model is; ``tuning``, and methods that train the whole model in the
+            end, need it on the device. float32 products take TensorFloat-32 if
+            ``torch.set_float32_matmul_precision("high")`` allows it, factors of Hessians and rounding never.
+        weights: of blocks that are on the meta device, for a model that the host cannot hold either: each block's are
+            read when it is reached, and dropped when it is packed. "disk" reads those of a local folder of a
+            transformers model from its files. For methods that calibrate.
         arguments: others of the pipeline's call, such as guidance_scale, height and width.
 
     Returns:
@@ -76,6 +91,7 @@ def quantize(
 
     Raises:
         ConfigError: an unknown method, or prompts, steps and arguments that the target cannot be asked with.
+        PlacementError: a device that is not there, or that the method cannot be run on in blocks.
         DataError: calibration data that cannot be used.
         PlanError: nothing to quantize, or a group that does not fit.
         QuantizationError: a layer that could not be quantized; a live model is then as it was.
@@ -85,20 +101,27 @@ def quantize(
     source = str(target) if isinstance(target, str | Path) else None
     config = _resolve_config(config, data, asked)
     recipe = method_of(config).make_recipe(config)
+    computer = _check_device(device, weights, source, recipe)
     asked = _check_asked(asked, target, config, recipe, components)
     if asked is not None:
         config.provenance = {**config.provenance, "request": asked.request()}
     if output is not None and prepare_output(Path(output), config, source, resume):
         logger.info("%s already holds this result; loading it", output)
         return load_quantized(output)
-    run = Run(undo=source is None, folder=resume_folder(output), resume=resume)
+    run = Run(source is None, resume_folder(output), resume, computer, None if weights == "disk" else weights)
     if source is not None:
         config.provenance = {**config.provenance, "source": source}
+    files = ExitStack()
     try:
         if source is not None and recipe.calibrate is None:
             result = load_quantized(source, config, components)
         else:
-            result = target if source is None else load_quantized(source)
+            if source is not None and weights == "disk":
+                beside = None if output is None else Path(output).absolute().parent
+                result, read = files.enter_context(load_without_blocks(source, config, beside))
+                run = replace(run, weights=read)
+            else:
+                result = target if source is None else load_quantized(source)
             if isinstance(result, nn.Module):
                 _quantize_module(result, config, recipe, run)
             else:
@@ -108,6 +131,8 @@ def quantize(
     except BaseException:
         run.leave()
         raise
+    finally:
+        files.close()
     run.finish()
     if run.folder is not None and run.folder.is_dir() and not any(run.folder.iterdir()):
         run.folder.rmdir()  # one of a pipeline, whose components had theirs in it
@@ -169,6 +194,28 @@ def _check_asked(
     return asked
 
 
+def _check_device(
+    device: str | torch.device | None,
+    weights: BlockWeights | Literal["disk"] | None,
+    source: str | None,
+    recipe: Recipe,
+) -> torch.device | None:
+    """The device that computes; refused before anything large is read or run."""
+    computer = as_device(device)
+    if weights is not None and recipe.calibrate is None:
+        raise PlacementError("weights: a data-free method reads one tensor after the other by itself; leave it out")
+    if weights is not None and (weights == "disk") != (source is not None):
+        raise PlacementError(
+            "weights='disk' reads the files of a folder; a model with blocks on the meta device takes a BlockWeights"
+        )
+    if computer is not None and source is not None and recipe.calibrate is None:
+        raise PlacementError(
+            f"device={str(device)!r}: a data-free method rounds the tensors of a folder or repository as they are "
+            "loaded. Leave device out, or load the model and pass it"
+        )
+    return computer
+
+
 def _quantize_pipeline(
     pipeline: Any,
     config: LowbitConfig,
@@ -196,7 +243,7 @@ def _quantize_pipeline(
 @torch.no_grad()
 def _quantize_module(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run) -> nn.Module:
     """Quantize a live model in place; on failure every module is put back."""
-    _check_float(model)
+    _check_float(model, run.weights is not None)
     if recipe.calibrate is not None:
         calibrate(model, config, recipe, run)
         adopt(model, config)
@@ -207,6 +254,7 @@ def _quantize_module(model: nn.Module, config: LowbitConfig, recipe: Recipe, run
     for warning in plan.warnings:
         logger.warning(warning)
     originals = {name: model.get_submodule(name) for name in plan.layers}
+    placement = Placement(model, plan.layers, run.device)
     outcome = Outcome()
     iterations = 1 if config.low_rank is None else config.low_rank.iterations
     try:
@@ -219,7 +267,8 @@ def _quantize_module(model: nn.Module, config: LowbitConfig, recipe: Recipe, run
                     _share(owner, module, parameter)
                     continue
                 rank = config.adapter_rank(name)
-                quantize_parameter(module, parameter, weight, recipe, name, outcome, rank, iterations)
+                with placement.at_hand(name, module):
+                    quantize_parameter(module, parameter, weight, recipe, name, outcome, rank, iterations)
                 quantized[id(weight)] = module
         finish_quantization(model, config, plan, outcome, time.monotonic() - started)
     except BaseException:  # an interrupt or a lack of memory must not leave half a model either
@@ -229,12 +278,13 @@ def _quantize_module(model: nn.Module, config: LowbitConfig, recipe: Recipe, run
     return model
 
 
-def _check_float(model: nn.Module) -> None:
+def _check_float(model: nn.Module, filled_later: bool = False) -> None:
     if state_of(model) is not None:
         raise QuantizationError("this model is quantized already; dequantize it first")
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if not filled_later and any(parameter.is_meta for parameter in model.parameters()):
         raise QuantizationError(
-            "part of this model is offloaded or on the meta device; load it whole, or pass its folder"
+            "part of this model is offloaded or on the meta device; load it whole, pass its folder, or pass "
+            "weights=..., from which blocks are read one at a time"
         )
 
 

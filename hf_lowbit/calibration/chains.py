@@ -6,7 +6,7 @@ object.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -42,7 +42,7 @@ class Seen:
     """What one forward shows of a module.
 
     Attributes:
-        arguments: of its first call, flattened.
+        arguments: of its first call, flattened; empty of a module that is only counted.
         outputs: what that returned, flattened.
         spec: the structure of what it returned.
         calls: how often it was called.
@@ -55,18 +55,24 @@ class Seen:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, batch: dict[str, Any], names: Sequence[str]) -> dict[str, Seen]:
-    """One real forward: what it shows of the modules that it calls, in the order of their first calls."""
+def probe(
+    model: nn.Module, batch: dict[str, Any], names: Sequence[str], recorded: Collection[str] | None = None
+) -> dict[str, Seen]:
+    """One real forward: what it shows of the modules that it calls, in the order of their first calls.
+
+    ``recorded``: those of which tensors are kept; of the others calls are counted. None for all.
+    """
     seen: dict[str, Seen] = {}
 
     def before(name: str, args: Any, kwargs: Any) -> None:
         if name in seen:
             seen[name].calls += 1
         else:
-            seen[name] = Seen(tree_flatten((args, kwargs))[0], [])
+            kept = recorded is None or name in recorded
+            seen[name] = Seen(tree_flatten((args, kwargs))[0] if kept else [], [])
 
     def after(name: str, output: Any) -> None:
-        if seen[name].spec is None:
+        if seen[name].spec is None and (recorded is None or name in recorded):
             seen[name].outputs, seen[name].spec = tree_flatten(output)
 
     handles = []

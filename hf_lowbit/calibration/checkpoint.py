@@ -114,10 +114,15 @@ def unshared(folder: Path) -> tuple[Path, FileLock | None]:
 
 
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]], facts: Mapping[str, Any]) -> str:
-    """sha256 of a model's tensors, and of facts such as config, data, threads and versions."""
+    """sha256 of a model's tensors, and of facts such as config, data, threads and versions.
+
+    Of a tensor on the meta device its name, type and shape: where its values come from is one of the facts.
+    """
     digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True, default=str).encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.is_meta:
+            continue
         data = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(data.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from hf_lowbit.transforms.fold import input_weights
 from hf_lowbit.transforms.rotation import Rotation
 
 _TOLERANCE = 1e-4  # norms compute in float32
+_ROWS = 256  # changed at once in float64
 
 
 def gain_offset(norm: nn.Module) -> float:
@@ -58,8 +59,22 @@ def fold_gain(norm: nn.Module, readers: Sequence[nn.Module], rotation: Rotation)
             bias.data = rotation(torch.where(gain == 0, 0.0, shift / gain)).to(bias.dtype)
     for reader in readers:
         for parameter, dim in input_weights(reader):
-            parameter.data = (parameter.movedim(dim, -1).double() * gain).movedim(-1, dim).to(parameter.dtype)
+            parameter.data = in_float64(parameter.data, dim, lambda rows: rows.double() * gain)
     weight.data = torch.full_like(weight, 1.0 - offset)
+
+
+def in_float64(values: Tensor, dim: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Vectors along a dimension, changed in float64, some at a time: it takes space. Returned in float32 at least.
+
+    Args:
+        change: ``[vectors, channels]`` -> the same shape in float64.
+    """
+    moved = values.movedim(dim, -1)
+    rows = moved.reshape(-1, moved.shape[-1])
+    new = torch.empty_like(rows, dtype=torch.promote_types(values.dtype, torch.float32))
+    for part, changed in zip(rows.split(_ROWS), new.split(_ROWS), strict=True):
+        changed.copy_(change(part))
+    return new.reshape(moved.shape).movedim(-1, dim).contiguous()
 
 
 def _has_bias(reader: nn.Module) -> bool:

@@ -1,4 +1,8 @@
-"""Several processes, each with a part of the data: sums over all of them, and one result for all of them."""
+"""Several processes, each with a part of the data: sums over all of them, and one result for all of them.
+
+With gloo tensors travel from where they are. With NCCL every process has a GPU of its own, which torch.cuda.set_device
+has made its current one: what lies elsewhere travels over it.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +41,12 @@ def combine(statistics: Iterable[Statistic]) -> None:
         return
     for statistic in statistics:
         count = torch.tensor(statistic.tokens, dtype=torch.int64)
-        dist.all_reduce(count)
+        _all_reduce(count, dist.ReduceOp.SUM)
         statistic.tokens = int(count)
         for tensor in statistic.summed():
-            dist.all_reduce(tensor)
+            _all_reduce(tensor, dist.ReduceOp.SUM)
         for tensor in statistic.largest():
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            _all_reduce(tensor, dist.ReduceOp.MAX)
 
 
 def in_order(values: Sequence[_T]) -> list[_T]:
@@ -69,7 +73,7 @@ def agree(tensor: Tensor) -> None:
     """Make a tensor the first process' in all of them, in place."""
     if processes() == 1 or not tensor.numel():
         return
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = _travelling(tensor.detach()).contiguous().reshape(-1)
     sent = flat.view(torch.uint8)  # gloo knows no int16
     dist.broadcast(sent, 0)
     tensor.copy_(flat.reshape(tensor.shape))
@@ -79,3 +83,16 @@ def wait_for_all() -> None:
     """Every process reaches this point before any goes on."""
     if processes() > 1:
         dist.barrier()
+
+
+def _all_reduce(tensor: Tensor, how: dist.ReduceOp.RedOpType) -> None:
+    """In place, wherever it lies."""
+    sent = _travelling(tensor).contiguous()
+    dist.all_reduce(sent, how)
+    if sent is not tensor:
+        tensor.copy_(sent)
+
+
+def _travelling(tensor: Tensor) -> Tensor:
+    """The tensor where the backend can send it: NCCL knows no memory but its GPU's."""
+    return tensor.cuda() if dist.get_backend() == "nccl" else tensor

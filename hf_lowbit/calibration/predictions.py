@@ -36,7 +36,7 @@ class _Divergence(torch.autograd.Function):
         ctx: Any, logits: Tensor, kept: Tensor, weights: Tensor, head: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         flat, read, shares = logits.flatten(0, -2), kept.flatten(0, -2), weights.flatten()
-        gradient = torch.empty_like(flat)
+        gradient = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), device=logits.device)
         for start in range(0, len(flat), _CHUNK_TOKENS):
             part = slice(start, start + _CHUNK_TOKENS)
@@ -45,9 +45,11 @@ class _Divergence(torch.autograd.Function):
             expected = F.linear(read[part].to(dtype), head.to(dtype), shift)
             right, mine = (each.float().log_softmax(-1) for each in (expected, flat[part]))
             share, probability = shares[part, None], right.exp()
-            loss += (probability * (right - mine) * share).sum()
-            gradient[part] = (mine.exp_() - probability) * share
-        ctx.save_for_backward(gradient.reshape(logits.shape))
+            loss += right.sub_(mine).mul_(probability).mul_(share).sum()
+            if gradient is not None:
+                gradient[part] = mine.exp_().sub_(probability).mul_(share)
+        if gradient is not None:
+            ctx.save_for_backward(gradient.reshape(logits.shape))
         return loss
 
     @staticmethod

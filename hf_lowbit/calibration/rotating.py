@@ -7,14 +7,15 @@ only if the model returns what it did before, in float32 [ours].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from hf_lowbit.calibration.gains import commutes, fold_gain
+from hf_lowbit.calibration.gains import commutes, fold_gain, in_float64
+from hf_lowbit.calibration.heap import hand_back_memory
 from hf_lowbit.calibration.snapshot import remember
 from hf_lowbit.calibration.stream import Stream, StreamError, find_stream
 from hf_lowbit.calibration.units import Batch, first_sample, without_cache
@@ -23,7 +24,7 @@ from hf_lowbit.transforms.rotation import Rotation, mean_preserving, random_hada
 
 _TOKENS = 32  # of the trial
 _TOLERANCE = 5e-4  # of the model's output in float32
-_ROWS = 4096  # rotated at once in float64
+_LARGE = 1 << 22  # elements
 
 
 Prepare = Callable[[nn.Module, Sequence[Batch]], list[str]]
@@ -64,14 +65,18 @@ def rotate_stream(model: nn.Module, batches: Sequence[Batch], seed: int = 0) -> 
     undo = remember(model)
     types = {tensor: tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
     try:
-        for tensor, dtype in types.items():
-            tensor.data = tensor.data.to(torch.promote_types(dtype, torch.float32))
+        _promote(types)
         batch = _few_tokens(without_cache(model, first_sample(batches[0])))
         expected = _outputs(model, batch)
         stream = find_stream(model, batch)
+        undo()  # matrices are promoted as they are rotated: no copy of all of them beside
+        hand_back_memory()
+        _promote(tensor for tensor in types if tensor.dim() < 2)
         untied = _untie(model, stream)
         types |= {model.get_submodule(name).get_parameter("weight"): types[weight] for name, weight in untied.items()}
         _rotate(model, stream, seed)
+        _promote(types)
+        hand_back_memory()
         error = _difference(_outputs(model, batch), expected)
         if not error <= _TOLERANCE:
             raise StreamError(f"the rotated model's output is not the same: it differs by {error:.2g}")
@@ -81,13 +86,21 @@ def rotate_stream(model: nn.Module, batches: Sequence[Batch], seed: int = 0) -> 
     except BaseException:
         undo()
         raise
-    for tensor, dtype in types.items():
+    for tensor, dtype in sorted(types.items(), key=lambda item: item[0].numel()):  # the largest into what others leave
+        if tensor.numel() > _LARGE:
+            hand_back_memory()
         tensor.data = tensor.data.to(dtype)
+    hand_back_memory()
     notes = [f"the residual stream is rotated; in float32 the model's output differs by {error:.0e}"]
     for name, weight in untied.items():
         size = weight.numel() * weight.element_size() / 2**20
         notes.append(f"{name} is no longer tied to the embedding: rotated, they differ ({size:.1f} MB more)")
     return Rotated(notes, frozenset(_readers(stream)))
+
+
+def _promote(tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _untie(model: nn.Module, stream: Stream) -> dict[str, nn.Parameter]:
@@ -108,12 +121,12 @@ def _rotate(model: nn.Module, stream: Stream, seed: int) -> None:
     rotation = _rotation(norms, stream.width, seed)
     for norm, readers in zip(norms, stream.norms.values(), strict=True):
         fold_gain(norm, [model.get_submodule(reader) for reader in readers], rotation)
-    for names, weights in ((stream.writers, output_weights), (_readers(stream), input_weights)):
+    for names, weights in ((_readers(stream), input_weights), (stream.writers, output_weights)):
         found = [(name, *entry) for name in names for entry in weights(model.get_submodule(name))]
         for name, parameter, dim in {id(entry[1]): entry for entry in found}.values():  # some serve several modules
             if parameter.shape[dim] != stream.width:
                 raise StreamError(f"{name} holds a weight of another shape: {tuple(parameter.shape)}")
-            parameter.data = _rotated(parameter.data, dim, rotation)
+            parameter.data = in_float64(parameter.data, dim, rotation)
 
 
 def _readers(stream: Stream) -> list[str]:
@@ -128,14 +141,6 @@ def _rotation(norms: list[nn.Module], width: int, seed: int) -> Rotation:
             return rotation
     kinds = ", ".join(sorted({type(norm).__name__ for norm in norms}))
     raise StreamError(f"no rotation commutes with its norms ({kinds})")
-
-
-def _rotated(values: Tensor, dim: int, rotation: Rotation) -> Tensor:
-    """Rotated along a dimension, some rows at a time: float64 takes space."""
-    moved = values.movedim(dim, -1)
-    rows = moved.reshape(-1, moved.shape[-1])
-    new = torch.cat([rotation(part).to(values.dtype) for part in rows.split(_ROWS)])
-    return new.reshape(moved.shape).movedim(-1, dim).contiguous()
 
 
 def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:

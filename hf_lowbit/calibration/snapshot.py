@@ -18,7 +18,7 @@ def remember(model: nn.Module, copied: torch.dtype | None = None) -> Callable[[]
     """
     places = [(m, name, parameter) for m in model.modules() for name, parameter in m._parameters.items()]
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    values = [t.data.clone() if t.dtype == copied else t.data for t in tensors]
+    values = [t.data.clone() if t.dtype == copied and not t.is_meta else t.data for t in tensors]
 
     def restore() -> None:
         for module, name, parameter in places:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,15 +19,19 @@ class TensorStore:
 
     Attributes:
         limit: bytes kept in memory; None for no limit.
+        device: that tensors are handed out on; they are kept in the host's memory, page-locked, which its copies need
+            to be fast. None: they are kept and handed out where they come from.
         held: bytes in memory now.
         spilled: bytes written to disk so far.
     """
 
-    def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
-        self.limit, self.held, self.spilled = limit, 0, 0
+    def __init__(
+        self, limit: int | None = None, folder: Path | None = None, device: torch.device | None = None
+    ) -> None:
+        self.limit, self.device, self.held, self.spilled = limit, device, 0, 0
         self._parent = folder
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._tensors: dict[int, Tensor | Path] = {}
+        self._tensors: dict[int, Tensor | _Spilled] = {}
         self._next = 0
 
     def put(self, tensor: Tensor) -> int:
@@ -38,19 +42,25 @@ class TensorStore:
 
     def replace(self, key: int, tensor: Tensor) -> None:
         """Put another tensor in the place of one."""
+        kept = self._tensors[key]
+        if self.device is not None and isinstance(kept, Tensor) and _alike(kept, tensor):
+            kept.copy_(tensor.detach())  # locking pages takes longer than copying them
+            return
         self.drop(key)
         self._keep(key, tensor.detach())
 
     def get(self, key: int) -> Tensor:
-        """The tensor, on the device it came from (a spilled one on the CPU)."""
+        """The tensor, on the store's device or the one it came from."""
         kept = self._tensors[key]
-        return load_file(kept)["t"] if isinstance(kept, Path) else kept
+        if isinstance(kept, Tensor):
+            return kept if self.device is None else kept.to(self.device)
+        return load_file(kept.path)["t"].to(kept.device)
 
     def drop(self, key: int) -> None:
         """Forget a tensor."""
         kept = self._tensors.pop(key)
-        if isinstance(kept, Path):
-            kept.unlink()
+        if isinstance(kept, _Spilled):
+            kept.path.unlink()
         else:
             self.held -= _size(kept)
 
@@ -70,7 +80,7 @@ class TensorStore:
     def _keep(self, key: int, tensor: Tensor) -> None:
         size = _size(tensor)
         if self.limit is None or self.held + size <= self.limit:
-            self._tensors[key] = tensor
+            self._tensors[key] = tensor if self.device is None else _on_host(tensor)
             self.held += size
             return
         if self._folder is None:
@@ -79,7 +89,23 @@ class TensorStore:
         path = Path(self._folder.name) / f"{key}.safetensors"
         save_file({"t": tensor.contiguous().cpu()}, path)
         self.spilled += size
-        self._tensors[key] = path
+        self._tensors[key] = _Spilled(path, self.device or tensor.device)
+
+
+class _Spilled(NamedTuple):
+    """A tensor on disk, and where it is handed out."""
+
+    path: Path
+    device: torch.device
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
+    return kept.copy_(tensor)
+
+
+def _alike(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and first.dtype == second.dtype
 
 
 def _size(tensor: Tensor) -> int:

@@ -1,12 +1,16 @@
-"""A quantized model while something of it is trained: its floats are float32, and only what is meant has gradients."""
+"""A quantized model while something of it is trained: its floats are float32, only what is meant has gradients, and
+of the activations only those between blocks are kept.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
@@ -36,3 +40,21 @@ def only_trained(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iter
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+
+@contextmanager
+def recomputing(blocks: Collection[nn.Module]) -> Iterator[None]:
+    """Within it the activations inside these modules are computed again where a gradient needs them, not kept (Chen et
+    al. 2016, arXiv 1604.06174). Gradients are the same.
+    """
+    own = {module: module.__dict__.get("forward") for module in blocks}
+    for module in own:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for module, forward in own.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward

@@ -15,12 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_lowbit.calibration.heap import hand_back_memory
 from hf_lowbit.calibration.norms import norm_parameters
 from hf_lowbit.calibration.parallel import processes
 from hf_lowbit.calibration.predictions import Piece, Predictions
-from hf_lowbit.calibration.trainable import in_float32, only_trained
+from hf_lowbit.calibration.stacks import find_stacks
+from hf_lowbit.calibration.trainable import in_float32, only_trained, recomputing
 from hf_lowbit.calibration.tuned_scales import TunedScales
 from hf_lowbit.kernels.routes import has_bfloat16_units
+from hf_lowbit.plan import packed_modules
 
 logger = logging.getLogger("hf_lowbit")
 
@@ -60,13 +63,16 @@ def tune(
         seed: of the order of the data.
     """
     pieces = _as_many(predictions.pieces(samples))
+    hand_back_memory()  # of the float weights
     with in_float32(model) as types:
+        hand_back_memory()
         scales, norms = TunedScales(model), list(norm_parameters(model).values())
         originals = [norm.detach().clone() for norm in norms]
         judged = pieces[:: max(1, len(pieces) // _JUDGED)]
         with scales.applied(), _fast_arithmetic(model):
             before = _mean_loss(model, predictions, judged)
-            with only_trained(model, norms):
+            hand_back_memory()
+            with only_trained(model, norms), recomputing(_blocks(model)):
                 _train(model, predictions, pieces, scales, norms, epochs, learning_rate, seed)
             for norm in norms:  # as they will be stored
                 norm.data = norm.data.to(types[norm]).float()
@@ -108,11 +114,18 @@ def _train(
                 loss = predictions.loss(model, part) * share
                 loss.backward()
                 losses[-1] += loss.item()
+                hand_back_memory()  # logits and their gradients leave holes that the next ones do not fit into
             _average(trained)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
         logger.info("tuning, pass %d of %d: loss %.4g", epoch + 1, epochs, sum(losses) / len(losses))
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Those that follow each other: what all of them compute would have to be kept at once."""
+    stacks = find_stacks(model, packed_modules(model))
+    return [model.get_submodule(name) for stack in stacks for name in stack.blocks]
 
 
 def _fast_arithmetic(model: nn.Module) -> torch.autocast:
@@ -140,7 +153,8 @@ def _average(parameters: list[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def _mean_loss(model: nn.Module, predictions: Predictions, pieces: list[Piece]) -> float:
-    total: Tensor = torch.stack([predictions.loss(model, piece) for piece in pieces]).mean()
+    parts = [(part, share / len(pieces)) for piece in pieces for part, share in predictions.parts(piece)]
+    total: Tensor = torch.stack([predictions.loss(model, part) * share for part, share in parts]).sum()
     if processes() > 1:
         dist.all_reduce(total)
     return float(total) / processes()

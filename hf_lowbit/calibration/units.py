@@ -79,7 +79,8 @@ def find_units(model: nn.Module, layers: Collection[str], batches: Sequence[Batc
     homes = inner_blocks(model, layers)
     stacks = _all_stacks(model, layers)
     names = [*(block for stack in stacks for block in stack.blocks), *homes.values(), *layers]
-    seen = probe(model, first_sample(batches[0]), list(dict.fromkeys(names)))
+    in_stacks = {block for stack in stacks for block in stack.blocks}
+    seen = probe(model, first_sample(batches[0]), list(dict.fromkeys(names)), in_stacks)
     units: list[Unit] = []
     for stack in stacks:
         if any(_holds(unit.stack.blocks, stack.blocks[0]) for unit in units):
@@ -160,20 +161,23 @@ def advance(calls: Calls, index: int, module: nn.Module, keys: list[int], store:
     return outputs
 
 
-def ready(model: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+def ready(model: nn.Module, batches: Sequence[Batch], device: torch.device | None = None) -> Sequence[Batch]:
     """This process' batches as :func:`without_cache` makes them, each when it is read."""
-    return Prepared(model, batches, share(range(len(batches))))
+    return Prepared(model, batches, share(range(len(batches))), device)
 
 
 class Prepared(Sequence[Batch]):
-    """Batches that are read, and moved to the model's device, one at a time.
+    """Batches that are read, and moved to a device, one at a time.
 
     Args:
         indices: of those that are meant.
+        device: None for the model's.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], indices: Sequence[int]) -> None:
-        self._model, self._batches, self._indices = model, batches, indices
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], indices: Sequence[int], device: torch.device | None = None
+    ) -> None:
+        self._model, self._batches, self._indices, self._device = model, batches, indices, device
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -184,13 +188,13 @@ class Prepared(Sequence[Batch]):
     def __getitem__(self, index: slice) -> Prepared: ...
     def __getitem__(self, index: int | slice) -> Batch | Prepared:
         if isinstance(index, slice):
-            return Prepared(self._model, self._batches, self._indices[index])
-        return without_cache(self._model, self._batches[self._indices[index]])
+            return Prepared(self._model, self._batches, self._indices[index], self._device)
+        return without_cache(self._model, self._batches[self._indices[index]], self._device)
 
 
-def without_cache(model: nn.Module, batch: Batch) -> Batch:
-    """The batch on the model's device, and no key-value cache: it would be kept for every block."""
-    device = next(model.parameters()).device
+def without_cache(model: nn.Module, batch: Batch, device: torch.device | None = None) -> Batch:
+    """The batch on a device, by default the model's, and no key-value cache: it would be kept for every block."""
+    device = next(model.parameters()).device if device is None else device
     dtype = getattr(model, "dtype", None)  # of a diffusers model, which may keep its first parameters in float32
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -18,6 +18,7 @@ from hf_lowbit.calibration.checkpoint import Checkpoint
 from hf_lowbit.calibration.fitting import FitInputs
 from hf_lowbit.calibration.low_rank import UNCOMPENSATED, Compensation, Rounding
 from hf_lowbit.calibration.parallel import agree, rank, wait_for_all
+from hf_lowbit.calibration.placement import Placement
 from hf_lowbit.calibration.progress import Progress
 from hf_lowbit.calibration.replay import Replay
 from hf_lowbit.calibration.stacks import layers_of
@@ -55,7 +56,7 @@ class Walk:
     """One calibrated quantization of a model, in place.
 
     Args:
-        model: float, in evaluation mode, on one device.
+        model: float, in evaluation mode, on one device; with a placement that has weights, blocks on the meta device.
         layers: name -> planned layer.
         step: what a method does with a block; matrices that it leaves are rounded to nearest, and noted.
         batches: keyword arguments of the model's forward.
@@ -70,6 +71,7 @@ class Walk:
         percentile: of |input| that stored scales of inputs cover.
         fit_inputs: finds these scales in another way.
         original: a float copy of the model, where there is one already.
+        placement: where blocks are computed; None for where the model is.
     """
 
     def __init__(
@@ -90,10 +92,12 @@ class Walk:
         percentile: float = 100.0,
         fit_inputs: FitInputs | None = None,
         original: nn.Module | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.model, self.layers, self.step, self.pack = model, dict(layers), step, pack
         self.percentile, self.fit_inputs, self.original = percentile, fit_inputs, original
-        self.batches = ready(model, batches)
+        self.placement = Placement(model, layers) if placement is None else placement
+        self.batches = ready(model, batches, self.placement.device)
         self.targets, self.checkpoint, self.seed, self.limit, self.folder = targets, checkpoint, seed, limit, folder
         self.compensation, self.rounding = compensation, rounding
         self.walked = Walked()
@@ -114,18 +118,22 @@ class Walk:
         tables = {name: self.layers.pop(name) for name in tables_of(self.model, self.layers)}
         units = self._units()
         progress = Progress(sum(len(unit.stack.blocks) for unit in units))
-        with TensorStore(self.limit, self.folder) as store:
+        with self.placement.store(self.limit, self.folder) as store:
             original = self._original(units)
             early = [unit if self.targets and (original is None or unit.is_chain) else None for unit in units]
-            floats = [unit.capture(self.model, self.batches, store) if unit is not None else None for unit in early]
+            floats = [self._capture(unit, self.model, store) if unit is not None else None for unit in early]
             self._round_tables(tables)
-            share = None if self.limit is None else self.limit // 4
+            share = self.placement.replay_limit(self.limit)
             replays = {model: Replay(model, share) for model in (self.model, original) if model is not None}
             for unit, calls in zip(units, floats, strict=True):
                 self._walk(unit, calls, original, store, progress, replays)
             if store.spilled:
                 logger.info("%d MB of activations were spilled to disk", store.spilled >> 20)
         return self.walked
+
+    def _capture(self, unit: Unit, model: nn.Module, store: TensorStore, replay: Replay | None = None) -> Calls:
+        with self.placement.computing(model):
+            return unit.capture(model, self.batches, store, replay)
 
     def _original(self, units: Sequence[Unit]) -> nn.Module | None:
         """A copy of the float model, where targets of many single blocks are wanted: all that they read in it would be
@@ -150,19 +158,21 @@ class Walk:
 
     def _round(self, name: str, layer: PlannedLayer, reason: str) -> nn.Module:
         """Round a layer without calibration."""
-        spec = with_dynamic_inputs(layer.spec)
-        module = KINDS[layer.kind].from_float(self.model.get_submodule(name), spec)
+        spec, original = with_dynamic_inputs(layer.spec), self.model.get_submodule(name)
         consequences = [] if self.rounding is not None else ["rounded to nearest"]
         if spec != layer.spec:
             consequences.append("its inputs take dynamic scales" if spec.mixer is None else "it computes in floats")
         if self.compensation.metric != "identity" and self.compensation.ranks.get(name):
             consequences.append("its low-rank part takes metric='identity'")
-        for parameter in module.packed_parameters:
-            weight = getattr(module, parameter)
-            packed = self._rounded(module, parameter, module.to_matrix(parameter, weight), name)
-            self.walked.parameters[f"{name}.{parameter}"] = self.pack(module, parameter, weight, packed, name)
-            if consequences:
-                self.walked.notes[f"{name}.{parameter}"] = f"{reason}: {', '.join(consequences)}"
+        with self.placement.at_hand(name, original) as becomes:
+            module = KINDS[layer.kind].from_float(original, spec)
+            for parameter in module.packed_parameters:
+                weight = getattr(module, parameter)
+                packed = self._rounded(module, parameter, module.to_matrix(parameter, weight), name)
+                self.walked.parameters[f"{name}.{parameter}"] = self.pack(module, parameter, weight, packed, name)
+                if consequences:
+                    self.walked.notes[f"{name}.{parameter}"] = f"{reason}: {', '.join(consequences)}"
+            becomes(module)
         replace_module(self.model, name, module)
         return module
 
@@ -174,7 +184,8 @@ class Walk:
 
     def _units(self) -> list[Unit]:
         """The units; layers that the data does not reach are rounded at once."""
-        found = find_units(self.model, self.layers, self.batches)
+        with self.placement.computing(self.model):
+            found = find_units(self.model, self.layers, self.batches)
         self.walked.layer_by_layer += found.layer_by_layer
         for layer in found.uncalled:
             self._round(layer, self.layers.pop(layer), "not called on the calibration data")
@@ -195,35 +206,38 @@ class Walk:
         if finished is not None:
             calls, floats = Calls(store, [None], []), None  # nobody will read them
         else:
-            calls = unit.capture(self.model, self.batches, store, replays[self.model])
+            calls = self._capture(unit, self.model, store, replays[self.model])
             if floats is None and original is not None:
-                floats = unit.capture(original, self.batches, store, replays[original])
+                floats = self._capture(unit, original, store, replays[original])
         inputs, targets = calls.inputs, list(floats.inputs) if floats is not None else []
         for index, name in enumerate(unit.stack.blocks):
             last = index == len(unit.stack.blocks) - 1
             module = self.model.get_submodule(name)
-            kept = {key: tensor.dtype for key, tensor in _floats(module)}
-            module.float()
-            if floats is not None:
-                targets = advance(floats, index, module, targets, store)
-            layers = {
-                layer[len(name) + 1 :]: self.layers[layer] for layer in layers_of(name, self.layers)
-            }  # "" is the block itself
-            block = Block(
-                name, module, layers, calls, index, store, inputs, targets, self.pack, self.seed, self.compensation
-            )
-            restored = self._finished(name) if finished is None else finished
-            wait_for_all()  # before any process can have written this block
-            if restored is None:
-                self._quantize(block, _broken(calls, floats))
-            else:
-                self._restore(block, *restored)
-            if block.module is not module:
-                replace_module(self.model, name, block.module)
-            _round_trip(block.module, kept)
-            if not last:
-                inputs = advance(calls, index, block.module, inputs, store)
-            _restore_types(block.module, kept)
+            with self.placement.at_hand(name, module) as becomes:
+                kept = {key: tensor.dtype for key, tensor in _floats(module)}
+                kept |= {f"{key[:-6]}output_dtype": dtype for key, dtype in kept.items() if key.endswith("weight")}
+                module.float()
+                if floats is not None:
+                    targets = advance(floats, index, module, targets, store)
+                layers = {
+                    layer[len(name) + 1 :]: self.layers[layer] for layer in layers_of(name, self.layers)
+                }  # "" is the block itself
+                block = Block(
+                    name, module, layers, calls, index, store, inputs, targets, self.pack, self.seed, self.compensation
+                )
+                restored = self._finished(name) if finished is None else finished
+                wait_for_all()  # before any process can have written this block
+                if restored is None:
+                    self._quantize(block, _broken(calls, floats))
+                else:
+                    self._restore(block, *restored)
+                if block.module is not module:
+                    replace_module(self.model, name, block.module)
+                _round_trip(block.module, kept)
+                if not last:
+                    inputs = advance(calls, index, block.module, inputs, store)
+                _restore_types(block.module, kept)
+                becomes(block.module)
             self._account(block, restored is not None)
             progress.step(name, restored is not None)
         for key in (*inputs, *targets):
@@ -267,6 +281,7 @@ class Walk:
 
     def _restore(self, block: Block, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Take a block from an earlier run."""
+        block.matrices.clear()  # or its float weights stay until cycles are collected
         for name, values in facts["specs"].items():
             layer = self.layers[".".join(part for part in (block.name, name) if part)]
             module = KINDS[layer.kind].from_float(block.module.get_submodule(name), LayerSpec.from_dict(values))

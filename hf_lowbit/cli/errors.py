@@ -27,6 +27,7 @@ _REQUEST_ERRORS = {
     "IsADirectoryError",
     "NotADirectoryError",
     "PermissionError",
+    "PlacementError",
     "PlanError",
     "PromptError",
     "RepositoryNotFoundError",

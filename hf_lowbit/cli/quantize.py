@@ -68,6 +68,21 @@ def quantize_command(
         typer.Option(metavar="NAME", help="Part of a pipeline to quantize; by default its denoiser. May be repeated."),
     ] = None,
     config_file: Annotated[Path | None, CONFIG_FILE] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="That calibrates, block by block: cuda, cuda:1, cpu. The model itself stays in the host's memory.",
+            show_default="cpu",
+        ),
+    ] = None,
+    from_disk: Annotated[
+        bool,
+        typer.Option(
+            "--from-disk",
+            help="Read each block of a calibrated model when it is reached: of a local folder that the memory does not "
+            "hold.",
+        ),
+    ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Replace an earlier result instead of keeping or refusing it.")
     ] = False,
@@ -90,7 +105,8 @@ def quantize_command(
             "prompts": read_prompts(prompts) if prompts else None, "steps": steps, "timesteps": timesteps,
             **parse_call(call or []),
         }  # fmt: skip
-        kept = quantize_to(model, config, output, data, component, restart, drawing)
+        placing = {"device": device, "weights": "disk" if from_disk else None}
+        kept = quantize_to(model, config, output, data, component, restart, {**drawing, **placing})
         result = accounts(output)
         seconds = time.monotonic() - started
     from hf_lowbit.cli.view import account_json, show_account

@@ -20,12 +20,12 @@ def quantize_to(
     data: str | None = None,
     components: list[str] | None = None,
     restart: bool = False,
-    drawing: dict[str, Any] | None = None,
+    others: dict[str, Any] | None = None,
 ) -> bool:
     """Quantize a folder or repository into ``output``.
 
     Args:
-        drawing: prompts, steps and other arguments of a pipeline that draws its calibration data.
+        others: of quantize(): the device, prompts, steps and other arguments of a pipeline that draws its data.
 
     Returns:
         True if ``output`` already held this result, which was kept.
@@ -40,7 +40,7 @@ def quantize_to(
     try:
         with progress("quantizing"):
             quantize(
-                model, config, data=data, output=output, resume=not restart, components=components, **(drawing or {})
+                model, config, data=data, output=output, resume=not restart, components=components, **(others or {})
             )
     except FileExistsError as error:
         raise FileExistsError(str(error).replace("pass resume=False", "add --restart")) from None

@@ -67,6 +67,11 @@ class NumberFormat:
                 return multiplier
         return None
 
+    @property
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """The finite values in ascending order, and the boundaries between them: what is not above one rounds down."""
+        return self.table[self._order.long()], self._boundaries
+
     def encode(self, x: Tensor) -> Tensor:
         """Nearest code of each value; ties go to the even code (as IEEE rounding and torch casts do).
 
@@ -86,7 +91,7 @@ class NumberFormat:
     def nearest(self, x: Tensor) -> Tensor:
         """The value of each nearest code, float32: ``decode(encode(x))`` with one look-up less."""
         position = torch.bucketize(x.float().contiguous(), self._boundaries.to(x.device), out_int32=True)
-        return look_up(self.table[self._order.long()].to(x.device), position)
+        return look_up(self.levels[0].to(x.device), position)
 
     def decode(self, codes: Tensor) -> Tensor:
         """float32 values of integer codes, unscaled."""

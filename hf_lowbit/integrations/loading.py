@@ -49,11 +49,16 @@ def load_quantized(source: str | Path, config: LowbitConfig | None = None, compo
         from diffusers import AutoModel
 
         return AutoModel.from_pretrained(str(source), torch_dtype=stored_dtype(source), **arguments)
+    return model_class_of(stored).from_pretrained(source, dtype="auto", **arguments)
+
+
+def model_class_of(stored: dict[str, Any]) -> Any:
+    """The class that a config.json of transformers names, or AutoModel."""
     import transformers
 
     architectures = stored.get("architectures") or []
     model_class = getattr(transformers, architectures[0], None) if architectures else None
-    return (model_class or transformers.AutoModel).from_pretrained(source, dtype="auto", **arguments)
+    return model_class or transformers.AutoModel
 
 
 def pipeline_components(pipeline: Any, components: list[str] | None = None) -> list[str]:

@@ -6,17 +6,20 @@ j as e_i U_ij. The sum of all e^2 is tr((W - Q) H (W - Q)^T), with H as it was d
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_lowbit.formats import NumberFormat, WeightSpec
+from hf_lowbit.kernels.triton import runs_on
 from hf_lowbit.rounding.grid import Grid, RoundingError, nearest_values, nonzero
 
 GroupFit = Callable[[Tensor, slice], Grid]  # a group's weights [rows, g] as they are now, its columns -> [rows, 1]
 
+_WIDEST = 128  # columns that the fused sweep keeps in registers
 _FIRST_DAMPING, _MOST_DAMPING = 1e-3, 1.0  # after a failure without any, and the last resort
 
 
@@ -82,13 +85,30 @@ def _factor(h: Tensor, added: Tensor, precision: torch.dtype) -> Tensor | None:
     """The factor for H + added I, computed in ``precision``; None where that fails."""
     reverse = h.to(precision).flip(0, 1)  # a copy
     reverse.diagonal().add_(added)
-    lower, failed = torch.linalg.cholesky_ex(reverse)
-    if failed:
-        return None
-    upper = lower.flip(0, 1)
-    del reverse, lower  # of the size of H each, which may be half a gigabyte
-    factor = torch.linalg.solve_triangular(upper, torch.eye(len(h), dtype=precision, device=h.device), upper=True)
+    with _exact_products(h):
+        lower, failed = torch.linalg.cholesky_ex(reverse)
+        if failed:
+            return None
+        upper = lower.flip(0, 1)
+        del reverse, lower  # of the size of H each, which may be half a gigabyte
+        factor = torch.linalg.solve_triangular(upper, torch.eye(len(h), dtype=precision, device=h.device), upper=True)
     return factor if bool(torch.isfinite(factor).all()) else None
+
+
+@contextmanager
+def _exact_products(operand: Tensor) -> Iterator[None]:
+    """Within it float32 products on a GPU are float32's, whatever torch.set_float32_matmul_precision says: a factor in
+    TensorFloat-32's eleven bits need not be one, and errors are sums of many small differences.
+    """
+    if not operand.is_cuda:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def empty_grid(weight: Tensor, spec: WeightSpec) -> Grid:
@@ -110,18 +130,14 @@ def round_columns(
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=work.device)
     size = columns // rounder.grid.scale.shape[1]
     loss = work.new_zeros((), dtype=torch.float64)
-    for start, end in _blocks(columns, block_size, None if fit is None else size):
+    for start, end in _blocks(columns, min(block_size, rounder.widest or columns), None if fit is None else size):
         if fit is not None and start % size == 0:
             rounder.put(start // size, fit(work[start : start + size].t(), slice(start, start + size)))
-        values, errors = torch.empty_like(work[start:end]), torch.empty_like(work[start:end])
-        own = factor[start:end, start:end]
-        for i, (w, value, error) in enumerate(zip(work[start:end], values, errors, strict=True)):
-            rounder.round(w, start + i, value, error)
-            if start + i + 1 < end:
-                work[start + i + 1 : end].addr_(own[i, i + 1 :], error, alpha=-1)
+        values, errors = rounder.round_block(work[start:end], factor[start:end, start:end], start)
         codes[start:end] = number_format.encode(values)
         loss += errors.square().sum()
-        work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+        with _exact_products(work):
+            work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
     if order is not None:
         codes = codes[torch.argsort(order)]
     return codes.t(), float(loss)
@@ -143,10 +159,17 @@ def _blocks(columns: int, block_size: int, group: int | None) -> list[tuple[int,
 class Rounder:
     """Rounds columns to the grids of their groups; no allocation and few operations per column of an integer grid.
 
+    On a GPU blocks of float32 columns take the fused sweep of :mod:`hf_lowbit.kernels.triton.columns`, where Triton
+    runs: the same steps, within the last bit of a float32.
+
     Attributes:
         grid: of all groups, ``[rows or 1, groups]``.
         diagonal: of the factor, in the order of visits.
+        widest: columns that it can take at once; None for any number.
+        is_plain: whether a block's rounding is :meth:`round` of each column and nothing else.
     """
+
+    is_plain: ClassVar[bool] = True
 
     def __init__(self, problem: Problem, grid: Grid, number_format: NumberFormat) -> None:
         rows, columns = problem.weight.shape
@@ -157,9 +180,11 @@ class Rounder:
         stored = torch.arange(columns) if problem.order is None else problem.order.cpu()
         self._group_of = stored.div(columns // count, rounding_mode="floor").tolist()
         self.diagonal = problem.factor.diagonal().tolist()
-        self._scale, self._divisor, self._zero = ([grid.scale[:, g] for g in range(count)] for _ in range(3))
-        for group in range(count):
-            self._refresh(group)
+        self._grids = Grid(*(part.t().to(self._dtype).contiguous() for part in grid))  # [groups, rows or 1] each
+        self._scale, self._zero = (part.unbind() for part in self._grids)
+        self._divisor = nonzero(self._grids.scale).unbind()
+        self._sweep = self._fused(number_format, grid.scale.device)
+        self.widest = None if self._sweep is None else _WIDEST
         self._shifted = torch.empty(rows, dtype=self._dtype, device=grid.scale.device)
 
     def put(self, group: int, fitted: Grid) -> None:
@@ -168,9 +193,44 @@ class Rounder:
         self._refresh(group)
 
     def _refresh(self, group: int) -> None:
-        """Read a group's grid again: contiguous ``[rows or 1]``."""
-        scale, zero = (part[:, group].to(self._dtype).contiguous() for part in self.grid)
-        self._scale[group], self._divisor[group], self._zero[group] = scale, nonzero(scale), zero
+        """Read a group's grid again."""
+        for own, part in zip(self._grids, self.grid, strict=True):
+            own[group] = part[:, group]
+        self._divisor[group].copy_(nonzero(self._scale[group]))
+
+    def round_block(self, work: Tensor, factor: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Table values and errors ``[n, rows]`` of the n columns from a visit on, each one's error taken from those
+        after it.
+
+        Args:
+            work: the columns as they are now, ``[n, rows]``; they may be changed.
+            factor: their part of the factor, ``[n, n]``.
+        """
+        if self._sweep is not None:
+            return self._sweep(work, factor, first)
+        values, errors = torch.empty_like(work), torch.empty_like(work)
+        for i, (w, value, error) in enumerate(zip(work, values, errors, strict=True)):
+            self.round(w, first + i, value, error)
+            if i + 1 < len(work):
+                work[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+        return values, errors
+
+    def _fused(self, number_format: NumberFormat, device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """:meth:`round_block` in one launch, where there is a kernel for it."""
+        if not self.is_plain or device.type != "cuda" or self._dtype != torch.float32 or not runs_on(device):
+            return None
+        from hf_lowbit.kernels.triton.columns import round_columns as sweep
+
+        groups = torch.tensor(self._group_of, dtype=torch.int32, device=device)
+        levels, between = number_format.levels
+        values = (number_format.table[[0, -1]] if self._integers else levels).to(device)
+        boundaries = None if self._integers else between.to(device)
+
+        def fused(work: Tensor, factor: Tensor, first: int) -> tuple[Tensor, Tensor]:
+            own = groups[first : first + len(work)]
+            return sweep(work, factor, self._grids.scale, self._grids.zero_point, own, values, boundaries)
+
+        return fused
 
     def round(self, w: Tensor, visit: int, value: Tensor, error: Tensor) -> None:
         """Write the nearest table values of ``w`` and its errors e, ``[rows]`` each, for the column of that visit."""

@@ -162,6 +162,8 @@ class _Fit(NamedTuple):
 class _KeepingRounder(Rounder):
     """Keeps the weights whose errors exceed a threshold."""
 
+    is_plain = False
+
     def __init__(self, problem: Problem, grid: Grid, number_format: NumberFormat, threshold: float) -> None:
         super().__init__(problem, grid, number_format)
         self._threshold, self._like, self._order = threshold, problem.weight, problem.order

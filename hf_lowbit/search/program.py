@@ -98,12 +98,17 @@ def search(
 
     Raises:
         AllocationError: a budget that the candidates cannot meet; before the data is read.
-        ConfigError: a metric, candidates or a model that cannot be.
+        ConfigError: a metric, candidates or a model that cannot be, or a method that packs mixers whole.
         DataError: unusable data.
         SensitivityError: the metric "kl" for a model without logits.
         RoundingError: a weight that cannot be rounded.
     """
     _check(model, metric, candidates, rounding, kl_samples)
+    if config.packs_mixers:
+        raise ConfigError(
+            f"{method_of(config).name} packs state-space mixers whole, and their bits are not searched layer by layer: "
+            "search_blocks (--blocks on the command line) finds blocks that are worth better fields, such as 8 bits"
+        )
     if metric == "kl" and ranks is not None:
         raise ConfigError("the metric 'kl' does not measure what low-rank factors repair: use 'hessian' for ranks")
     if ranks is None:

@@ -8,6 +8,7 @@ import torch
 
 import hf_lowbit
 from hf_lowbit.calibration.peak import predict_peak
+from hf_lowbit.calibration.placement import Placement
 from hf_lowbit.plan import build_plan
 from tests.matrix.models import MODELS
 
@@ -22,3 +23,15 @@ def test_the_parts_make_the_sum_and_the_rest_is_on_disk() -> None:
     assert abs(total - sum(parts)) <= 2
     spilled = predict_peak(model, layers, batches, targets=True, limit=8 << 20)
     assert "activations 8 MB (56 MB more on disk)" in spilled
+
+
+def test_of_two_memories_both_are_told() -> None:
+    model = MODELS["llama"].build()
+    layers = build_plan(model, hf_lowbit.RTNConfig(bits=4, group_size=32)).layers
+    batches = [{"input_ids": torch.zeros(64, 512, dtype=torch.int64)}] * 4
+    placement = Placement(model, layers, torch.device("cuda", 0))
+    told = predict_peak(model, layers, batches, targets=False, limit=1 << 40, placement=placement)
+    assert "on cuda:0" in told and "on cpu" in told
+    card, block, statistics, around, host, held, activations = map(int, re.findall(r"(\d+) MB", told))
+    assert abs(card - max(around, block + statistics)) <= 1 and abs(host - held - activations) <= 1
+    assert activations == 32

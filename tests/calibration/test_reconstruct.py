@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_lowbit
+from hf_lowbit.calibration import reconstruct as reconstruction
 from hf_lowbit.calibration.block import Block
 from hf_lowbit.calibration.reconstruct import Training, reconstruct
 from hf_lowbit.kernels.activation import quantize_tokens
@@ -60,6 +61,22 @@ def test_the_block_comes_closer_to_what_the_float_one_returns(keep_best: bool) -
         first, last = reconstruct(block, learned, replace(ADAM, keep_best=keep_best))
         assert last < 0.7 * first
         assert loss_of(block, learned) < 0.7 * before
+
+    in_first_block(check)
+
+
+def test_products_in_bfloat16_train_nearly_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruction, "has_bfloat16_units", lambda device: True)
+
+    def check(block: Block) -> None:
+        before, losses = loss_of(block, clippings(block)), []
+        for mixed in (False, True):
+            learned = clippings(block)
+            reconstruct(block, learned, replace(ADAM, mixed_precision=mixed))
+            losses.append(loss_of(block, learned))
+            assert all(p.dtype == torch.float32 for weight in learned.values() for p in weight.parameters())
+        assert losses[0] != losses[1]
+        assert losses[1] < min(1.1 * losses[0], before)
 
     in_first_block(check)
 

@@ -123,6 +123,20 @@ def test_a_low_rank_part_reads_data_and_is_counted(run: Run, run_json, llama: Pa
     assert run_json("inspect", tmp_path / "out")["packed_bytes"] == values["packed_bytes"]
 
 
+def test_blocks_are_read_from_disk_and_computed_where_it_is_said(
+    run_json, run: Run, llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    few = ("--set", "num_samples=2", "--set", "sequence_length=32", "--data", tmp_path / "text.txt")
+    command = ("quantize", llama, "--method", "gptq", "--bits", 4, "--group-size", "row", *few)
+    placed = run_json(*command, "--device", "cpu", "--from-disk", "--output", tmp_path / "placed")
+    plain = run_json(*command, "--output", tmp_path / "plain")
+    assert [layer["error"] for layer in placed["layers"]] == [layer["error"] for layer in plain["layers"]]
+    refused = run(*command, "--device", "nowhere", "--output", tmp_path / "none")
+    assert refused.exit_code == 2 and "no device of torch's" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_pipeline_draws_its_own_data(run_json, tmp_path: Path) -> None:
     """Class labels of a file and an option; other arguments of the call; provenance says what was drawn."""
     from tests.integrations.tiny_pipelines import dit_pipeline
