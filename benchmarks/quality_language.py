@@ -10,6 +10,7 @@ environments are described in benchmarks/peers/README.md; their dequantized weig
 """
 
 from quality.command import main
+from quality.language import prepare
 
 if __name__ == "__main__":
-    main(__doc__)
+    main(__doc__, prepare)

@@ -9,8 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from quality.data import prepare
 from quality.judge import Judge
+from quality.language import prepare
 
 from low_rank_rows.rows import BITS, GROUP, Row, all_rows
 from low_rank_rows.table import table
@@ -47,21 +47,17 @@ def main(description: str | None) -> None:
         print("\n".join(options.names))
         return
     import torch
-    from transformers import AutoModelForCausalLM
-
-    from hf_lowbit.testbed import smollm2
 
     torch.set_num_threads(options.threads)
-    source = options.model or smollm2()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        data, windows = prepare(source, folder, options.samples, options.length, options.tokens, options.seed)
-        ids = torch.load(data)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(options.device).eval()
+        task = prepare(options, folder)
+        ids = torch.load(task.data)
+        model = task.load(task.model).to(options.device).eval()
         if options.layers:
             check_layers(model, ids, options)
         else:
-            compare(model, ids, Judge(model, windows, folder), source.name, options)
+            compare(model, ids, Judge(task, model, folder), task.model.name, options)
 
 
 def compare(model: Any, ids: Any, judge: Judge, name: str, options: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,21 @@ from torch import Tensor
 
 from hf_lowbit.evaluation.bootstrap import bootstrap_interval
 from hf_lowbit.evaluation.scores import WindowScores, score_windows
+from quality.task import Task
 
 
 class Judge:
     """Holds the float model's logits of all windows in a file."""
 
-    def __init__(self, model: Any, windows: Sequence[Tensor], folder: Path) -> None:
-        self.windows = list(windows)
-        vocabulary = model.config.vocab_size
-        rows = sum(window.numel() for window in self.windows)
-        self._logits = np.memmap(folder / "logits.f32", np.float32, "w+", shape=(rows, vocabulary))
+    def __init__(self, task: Task, model: Any, folder: Path) -> None:
+        self._task = task
+        rows = sum(window.numel() for window in task.windows)
+        self._logits = np.memmap(folder / "logits.f32", np.float32, "w+", shape=(rows, model.config.vocab_size))
         self._start: dict[int, int] = {}
-        start = 0
+        start, read = 0, task.read(model)
         with torch.no_grad():
-            for window in self.windows:
-                device = next(model.parameters()).device
-                logits = model(input_ids=window[None].to(device), use_cache=False).logits[0].float().cpu().numpy()
+            for window in task.windows:
+                logits = read(window[None])[0].float().cpu().numpy()
                 self._logits[start : start + len(logits)] = logits
                 self._start[_key(window)] = start
                 start += len(logits)
@@ -38,8 +36,18 @@ class Judge:
         return torch.from_numpy(self._logits[start : start + ids.shape[1]])[None]
 
     def score(self, model: Any) -> WindowScores:
-        """Sums per window."""
-        return score_windows(model, self.windows, self.reference)
+        """Sums per window, or per cluster of them."""
+        scores = score_windows(self._task.read(model), self._task.windows, self.reference)
+        return scores if self._task.clusters is None else _clustered(scores, self._task.clusters)
+
+
+def _clustered(scores: WindowScores, clusters: list[int]) -> WindowScores:
+    together = WindowScores()
+    for cluster in dict.fromkeys(clusters):
+        of = [index for index, each in enumerate(clusters) if each == cluster]
+        sums = {name: sum(values[index] for index in of) for name, values in scores.sums.items()}
+        together.add(sum(scores.tokens[index] for index in of), sums)
+    return together
 
 
 def _key(window: Tensor) -> int:
@@ -59,6 +67,3 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float
     tokens = one["window_tokens"]
     low, high = bootstrap_interval(sums, tokens)
     return sum(sums) / sum(tokens), low, high
-
-
-Score = Callable[[Any], WindowScores]

@@ -37,6 +37,8 @@ VARIANTS = {
         Variant("nupes-learned", "nupes", {"learn": True, "iterations": 200}),
         Variant("adaround-50", "adaround", {"iterations": 50}),
         Variant("adaround", "adaround", {"iterations": 200}),
+        Variant("adaround-sym", "adaround", {"iterations": 200, "symmetric": True}, False),
+        Variant("adaround-sym-50", "adaround", {"iterations": 50, "symmetric": True}, False),
         Variant("gptq", "gptq"),
         Variant("gptq-asym", "gptq", {"symmetric": False}),
         Variant("gptq-clip", "gptq", {"search_clip": True}),
@@ -80,7 +82,10 @@ VARIANTS = {
         Variant("auto", "auto"),
         Variant("auto-tuned-4", "auto", {"tuning": {"epochs": 4}}),
         Variant("auto-int", "auto", {"formats": ["int"]}),
-        Variant("auto-3.25", "auto", {"bits_per_weight": 3.25}),
+        *(
+            Variant(f"auto-{budget}", "auto", {"bits_per_weight": budget}, budget == 3.25)
+            for budget in (2.5, 3.25, 3.5)
+        ),
         Variant("auto-3.63-untuned", "auto", {"bits_per_weight": 3.63, "tuning": None}, False),
         Variant("auto-branch-untuned", "auto", {"low_rank": BRANCH, "tuning": None}, False),
         Variant("auto-best", "auto", {"effort": "best"}),

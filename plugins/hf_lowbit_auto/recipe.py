@@ -39,7 +39,7 @@ def make_recipe(config: AutoLowbitConfig) -> Recipe:
 
     def calibrate(block: Block) -> None:
         if config.effort == "best":
-            training = Training(config.iterations, 0.5 / config.iterations)
+            training = Training(config.iterations, 0.5 / config.iterations, mixed_precision=True)
             sign_round(block, training, choose=choose)
         else:
             round_second_order(block, rounding)

@@ -17,12 +17,12 @@ def main(order: dict[str, object]) -> None:
     import hf_lowbit
 
     torch.set_num_threads(int(str(order["threads"])))
-    ids = torch.load(str(order["data"]))
+    data, length = torch.load(str(order["data"])), int(str(order["length"]))
     method = hf_lowbit.methods()[str(order["method"])]
     fields = dict(order["fields"])  # type: ignore[call-overload]
     config = method.config_class(**fields)
     if method.make_recipe(config).calibrate is not None:
-        config = dataclasses.replace(config, dataset=ids, num_samples=len(ids), sequence_length=ids.shape[1])
+        config = dataclasses.replace(config, dataset=data, num_samples=len(data), sequence_length=length)
     begun = time.monotonic()
     if order["device"] == "cpu":
         hf_lowbit.quantize(order["model"], config, output=str(order["output"]))
