@@ -1,4 +1,4 @@
-"""The HTTP side of the test Hub: the routes that huggingface_hub, transformers and diffusers use for models.
+"""The test Hub: the routes that huggingface_hub, transformers and diffusers use for models.
 
     python -m tests.hub.server --root DIR --port 0
 
@@ -13,160 +13,41 @@ import fnmatch
 import hashlib
 import hmac
 import json
-import re
 import secrets
-import shutil
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
-
-import yaml
+from urllib.parse import parse_qs
 
 from tests.hub import store
-from tests.hub.store import AddFile, AddLfsFile, Change, Commit, DeleteFile, DeleteFolder, Entry, Store
+from tests.hub.facts import card_metadata, file_fields, parse_change, path_entries
+from tests.hub.handling import HttpError, LoggingServer, RoutedHandler, route
+from tests.hub.store import Commit, Store
 
 USER = "tester"
 REGULAR_LIMIT = 10 << 20
 SINGLE_PART_LIMIT = 5 << 30
-ERRORS: dict[type[store.StoreError], tuple[int, str | None]] = {
-    store.RepoNotFound: (404, "RepoNotFound"),
-    store.RevisionNotFound: (404, "RevisionNotFound"),
-    store.EntryNotFound: (404, "EntryNotFound"),
-    store.StaleParent: (412, None),
-    store.InvalidContent: (400, None),
-}
 REPO, REV, REST = r"(?P<repo>[^/]+/[^/]+)", r"(?P<rev>[^/]+)", r"(?P<path>.+)"
-Route = Callable[..., None]
-ROUTES: list[tuple[tuple[str, ...], re.Pattern[str], bool, Route]] = []
 
 
-def route(methods: str, pattern: str, write: bool = False) -> Callable[[Route], Route]:
-    """Registers a method of ``Handler``; named groups of the pattern become its arguments, unquoted."""
-
-    def register(function: Route) -> Route:
-        ROUTES.append((tuple(methods.split()), re.compile(pattern), write, function))
-        return function
-
-    return register
-
-
-class HttpError(Exception):
-    """An answer other than success: status, X-Error-Code (which the client maps to an exception), message."""
-
-    def __init__(self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.headers = status, code, headers or {}
-
-
-class HubServer(ThreadingHTTPServer):
-    """The listening socket, and what its request threads share."""
-
-    daemon_threads = True
+class HubServer(LoggingServer):
+    """What the requests share."""
 
     def __init__(self, root: Path, port: int, token: str) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__(port, Handler, token, root / "requests.log")
         self.store = Store(root / "repos")
-        self.token = token
         self.upload_key = secrets.token_bytes(16)
-        self.log_path, self.log_lock = root / "requests.log", threading.Lock()
-
-    def log_request(self, line: str) -> None:
-        with self.log_lock, open(self.log_path, "a") as log:
-            log.write(f"{line}\n")
 
     def signature(self, *parts: str) -> str:
         """Makes an upload address usable by whoever was given it: the client sends no token there."""
         return hmac.new(self.upload_key, "/".join(parts).encode(), hashlib.sha256).hexdigest()
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One connection. The first half is HTTP in general, the second half the routes."""
+class Handler(RoutedHandler):
+    """The routes."""
 
     server: HubServer
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # headers and body leave together
-    disable_nagle_algorithm = True
-
-    def log_message(self, *args: object) -> None:
-        """The log is written by ``handle_request``."""
-
-    def handle_request(self) -> None:
-        url = urlsplit(self.path)
-        self.server.log_request(f"{self.command} {unquote(url.path)}")
-        self.query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-        with tempfile.SpooledTemporaryFile(max_size=1 << 20) as body:
-            for chunk in self.read_chunks():
-                body.write(chunk)
-            body.seek(0)
-            self.body = body
-            try:
-                self.dispatch(url.path)
-            except store.StoreError as error:
-                status, code = ERRORS[type(error)]
-                self.send_error_message(HttpError(status, code, str(error)))
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-                self.send_error_message(HttpError(400, None, f"Malformed request: {error!r}"))
-            except HttpError as error:
-                self.send_error_message(error)
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
-
-    def dispatch(self, path: str) -> None:
-        """Finds the route; a wrong token is refused everywhere, a missing one where something is written."""
-        for methods, pattern, write, function in ROUTES:
-            if self.command in methods and (match := pattern.fullmatch(path)):
-                self.check_token(required=write)
-                return function(self, **{name: unquote(value or "") for name, value in match.groupdict().items()})
-        raise HttpError(501, None, f"not implemented by the test Hub: {self.command} {path}")
-
-    def check_token(self, required: bool) -> None:
-        given = self.headers.get("Authorization")
-        if given is None and not required:
-            return
-        if given != f"Bearer {self.server.token}":
-            message = "Invalid credentials in Authorization header" if given else "Invalid username or password."
-            raise HttpError(401, None, message, {"WWW-Authenticate": 'Bearer realm="Authentication required"'})
-
-    def read_chunks(self) -> Iterator[bytes]:
-        """The body of the request, whether its length was announced or it comes in chunks."""
-        if "chunked" in self.headers.get("Transfer-Encoding", ""):
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                yield self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-            return
-        left = int(self.headers.get("Content-Length") or 0)
-        while left and (chunk := self.rfile.read(min(left, 1 << 20))):
-            left -= len(chunk)
-            yield chunk
-
-    def send(self, status: int, headers: dict[str, str], length: int) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(length)}.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def send_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(value, default=str).encode()  # YAML has dates
-        self.send(status, {"Content-Type": "application/json", **(headers or {})}, len(data))
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def send_error_message(self, error: HttpError) -> None:
-        message = " ".join(str(error).split()).encode("ascii", "replace").decode()
-        headers = {"X-Error-Message": message, **error.headers}
-        if error.code:
-            headers["X-Error-Code"] = error.code
-        self.send_json({"error": str(error)}, error.status, headers)
-
-    def json_body(self) -> Any:
-        return json.load(self.body)
 
     @route("GET", "/")
     def alive(self) -> None:
@@ -353,78 +234,6 @@ class Handler(BaseHTTPRequestHandler):
         if entry.sha256:
             headers |= {"X-Linked-Etag": f'"{entry.sha256}"', "X-Linked-Size": str(entry.size)}
         self.send_file(self.server.store.content_path(repo, entry), entry.size, headers)
-
-    def send_file(self, file: Path, size: int, headers: dict[str, str]) -> None:
-        first, last, status = 0, size - 1, 200
-        if self.command == "GET" and (asked := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))):
-            first, last = byte_range(asked[1], asked[2], size)
-            status, headers = 206, headers | {"Content-Range": f"bytes {first}-{last}/{size}"}
-        self.send(status, headers, last - first + 1)
-        if self.command == "GET":
-            with open(file, "rb") as content:
-                content.seek(first)
-                if last == size - 1:
-                    shutil.copyfileobj(content, self.wfile)
-                else:
-                    self.wfile.write(content.read(last - first + 1))
-
-
-def byte_range(first: str, last: str, size: int) -> tuple[int, int]:
-    """The bounds of ``bytes=first-last``, either of which may be missing; 416 if nothing of it is in the file."""
-    if first:
-        start, stop = int(first), min(int(last), size - 1) if last else size - 1
-    else:
-        start, stop = max(size - int(last or 0), 0), size - 1
-    if start > stop:
-        raise HttpError(416, None, "Range not satisfiable", {"Content-Range": f"bytes */{size}"})
-    return start, stop
-
-
-def parse_change(key: str, value: dict[str, Any]) -> Change:
-    """One line of a commit."""
-    path = value["path"]
-    match key:
-        case "file":
-            is_base64 = value.get("encoding", "utf-8") == "base64"
-            return AddFile(path, base64.b64decode(value["content"]) if is_base64 else value["content"].encode())
-        case "lfsFile":
-            return AddLfsFile(path, value["oid"], value.get("size"))
-        case "deletedFile":
-            return DeleteFile(path)
-        case "deletedFolder":
-            return DeleteFolder(path)
-    raise ValueError(f"unknown kind of change: {key}")
-
-
-def file_fields(entry: Entry, oid_name: str = "oid") -> dict[str, Any]:
-    """Size and identity of a file as the API gives them; an LFS file has two ids, its own and its pointer's."""
-    fields: dict[str, Any] = {"size": entry.size, oid_name: entry.oid}
-    if entry.sha256:
-        pointer_size = len(store.lfs_pointer(entry.sha256, entry.size))
-        fields["lfs"] = {"oid": entry.sha256, "sha256": entry.sha256, "size": entry.size, "pointerSize": pointer_size}
-    return fields
-
-
-def path_entries(commit: Commit) -> list[dict[str, Any]]:
-    """All folders and files of a commit, sorted; the id of a folder is unique but not the one git computes."""
-    folders = {folder for path in commit.files for folder in store.parent_folders(path)}
-    entries = [{"type": "file", "path": e.path, **file_fields(e)} for e in commit.files.values()]
-    for folder in folders:
-        oid = hashlib.sha1(f"{commit.sha} {folder}".encode()).hexdigest()
-        entries.append({"type": "directory", "path": folder, "size": 0, "oid": oid})
-    return sorted(entries, key=lambda entry: entry["path"])
-
-
-def card_metadata(text: str) -> dict[str, Any]:
-    """The YAML block that a README.md begins with; empty if there is none, ValueError if it is not a mapping."""
-    block = re.match(r"\s*---\s*?\n(.*?)^---\s*?$", text, re.DOTALL | re.MULTILINE)
-    try:
-        metadata = yaml.safe_load(block[1]) if block else None
-    except yaml.YAMLError as error:
-        raise ValueError(f"invalid YAML: {error}") from error
-    if not isinstance(metadata or {}, dict):
-        raise ValueError("metadata must be a mapping")
-    return metadata or {}
 
 
 def stop_at_eof(server: HubServer) -> None:
