@@ -6,7 +6,7 @@ calibration set come from forwards in which the blocks only hand on what they ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from hf_lowbit.calibration.chains import Flow, NotAChain
+from hf_lowbit.calibration.forwards import replaced_forwards
 from hf_lowbit.calibration.replay import Replay
 from hf_lowbit.calibration.store import TensorStore, to_compute
 
@@ -185,7 +186,7 @@ def capture_one(
 @contextmanager
 def _recording(module: nn.Module, times: int, captured: list[Call]) -> Iterator[None]:
     """The module records its arguments; its last call ends the forward."""
-    forward, own = module.forward, module.__dict__.get("forward")
+    forward = module.forward
 
     def record(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
@@ -196,14 +197,8 @@ def _recording(module: nn.Module, times: int, captured: list[Call]) -> Iterator[
         captured.append(Call([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec))
         return forward(*args, **kwargs)
 
-    module.forward = record
-    try:
+    with replaced_forwards({module: record}):
         yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 @contextmanager
@@ -223,14 +218,8 @@ def _echoing(
         outputs[flow.outgoing] = leaves[position]
         return tree_unflatten(outputs, flow.spec)
 
-    own = [module.__dict__.get("forward") for module in modules]  # of its own where accelerate has hooked it
-    for index, module in enumerate(modules):
-        module.forward = lambda *args, index=index, **kwargs: echo(index, args, kwargs)
-    try:
+    def at(index: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: echo(index, args, kwargs)
+
+    with replaced_forwards({module: at(index) for index, module in enumerate(modules)}):
         yield
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward

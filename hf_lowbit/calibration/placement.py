@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lowbit.calibration.forwards import replaced_forwards
 from hf_lowbit.calibration.stacks import find_stacks
 from hf_lowbit.calibration.store import TensorStore
 
@@ -128,13 +129,13 @@ class Placement:
         with ExitStack() as back:
             back.callback(self._bring_home, model)  # buffers that the forwards have replaced
             back.enter_context(_lent(around, self.device))
-            for name, module in modules.items():
-                back.enter_context(self._coming_and_going(name, module))
+            coming = {module: self._coming_and_going(name, module) for name, module in modules.items()}
+            back.enter_context(replaced_forwards(coming))
             yield
 
-    @contextmanager
-    def _coming_and_going(self, name: str, module: nn.Module) -> Iterator[None]:
-        forward, own = module.forward, module.__dict__.get("forward")
+    def _coming_and_going(self, name: str, module: nn.Module) -> Callable[..., Any]:
+        """The forward of a block that is on the device while it runs."""
+        forward = module.forward
 
         def come_and_go(*args: Any, **kwargs: Any) -> Any:
             places = [(m, key, p) for m in module.modules() for key, p in _own_tensors(m)]
@@ -147,14 +148,7 @@ class Placement:
                     if tensor.is_meta:
                         _place(owner, key, tensor)
 
-        module.forward = come_and_go
-        try:
-            yield
-        finally:
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
+        return come_and_go
 
     def _fill(self, name: str, module: nn.Module) -> None:
         """Put the weights of a block on the meta device into their places.

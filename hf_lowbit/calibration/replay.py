@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from hf_lowbit.calibration.forwards import replaced_forwards
+
 
 @dataclass(frozen=True)
 class _Output:
@@ -54,17 +56,9 @@ class Replay:
     def handing_on(self, batch: int) -> Iterator[None]:
         """Within it, a forward on the batch of this number takes from finished blocks what is kept of them."""
         modules = {name: self._model.get_submodule(name) for name in self._finished}
-        own = {name: module.__dict__.get("forward") for name, module in modules.items()}
-        for name, module in modules.items():
-            module.forward = _Replayed(self, name, batch, module.forward)
-        try:
+        replayed = {module: _Replayed(self, name, batch, module.forward) for name, module in modules.items()}
+        with replaced_forwards(replayed):
             yield
-        finally:
-            for name, module in modules.items():
-                if (forward := own[name]) is None:
-                    del module.forward
-                else:
-                    module.forward = forward
 
     def output(self, name: str, batch: int, call: int, forward: Any, args: Any, kwargs: Any) -> Any:
         """What is kept of a call, or what it computes, which is kept."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_lowbit.calibration.forwards import replaced_forwards
+
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[dict[Tensor, torch.dtype]]:
@@ -47,14 +49,6 @@ def recomputing(blocks: Collection[nn.Module]) -> Iterator[None]:
     """Within it the activations inside these modules are computed again where a gradient needs them, not kept (Chen et
     al. 2016, arXiv 1604.06174). Gradients are the same.
     """
-    own = {module: module.__dict__.get("forward") for module in blocks}
-    for module in own:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    with replaced_forwards({module: partial(checkpoint, module.forward, **options) for module in blocks}):
         yield
-    finally:
-        for module, forward in own.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
