@@ -39,6 +39,19 @@ class Recurrence(NamedTuple):
     state_cluster: Tensor | None
 
 
+class Convolution(NamedTuple):
+    """All that a convolution reads, and what becomes of its result, by the names of
+    :func:`hf_lowbit.kernels.causal_convolution`.
+    """
+
+    x: Operand
+    weight: Tensor
+    bias: Tensor | None
+    state: Tensor | None
+    silu: bool
+    out_scale: Tensor | None
+
+
 class Laid(NamedTuple):
     """An operand as the kernels of every device read it.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.kernels import scanning
-from hf_lowbit.kernels.operand import Operand, Recurrence
+from hf_lowbit.kernels.operand import Convolution, Operand, Recurrence
 
 _library = torch.library.Library("hf_lowbit", "FRAGMENT")
 _library.define(
@@ -27,10 +27,11 @@ _library.define(
 )
 
 
-def convolution(x: Operand, weight: Tensor, bias: Tensor | None, state: Tensor | None, *rest: Any) -> Tensor:
+def convolution(given: Convolution, *rest: Any) -> Tensor:
     """:func:`hf_lowbit.kernels.scanning.convolution` as an operator."""
+    x, weight, bias, state, *others = given
     kept = x.values.new_empty(0) if state is None else state  # inductor fails where what may be written is None
-    result: Tensor = torch.ops.hf_lowbit.causal_convolution(*x, weight, bias, kept, *rest)
+    result: Tensor = torch.ops.hf_lowbit.causal_convolution(*x, weight, bias, kept, *others, *rest)
     return result
 
 
@@ -48,10 +49,17 @@ def selective_scan(
 
 @torch.library.impl(_library, "causal_convolution", "CompositeExplicitAutograd")
 def _convolution(
-    x: Tensor, x_scale: Tensor | None, weight: Tensor, bias: Tensor | None, state: Tensor | None, *rest: Any
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    silu: bool,
+    out_scale: Tensor | None,
+    *rest: Any,
 ) -> Tensor:
     kept = None if state is None or state.dim() == 1 else state
-    return scanning.convolution(Operand(x, x_scale), weight, bias, kept, *rest)
+    return scanning.convolution(Convolution(Operand(x, x_scale), weight, bias, kept, silu, out_scale), *rest)
 
 
 @torch.library.impl(_library, "selective_scan", "CompositeExplicitAutograd")

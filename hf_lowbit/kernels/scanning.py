@@ -10,26 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_lowbit.kernels import cpu, triton
-from hf_lowbit.kernels.operand import Operand, Recurrence, codes_of, float_values, quantize_codes
+from hf_lowbit.kernels.operand import Convolution, Operand, Recurrence, codes_of, float_values, quantize_codes
 from hf_lowbit.kernels.recurrence import convolve, scan, time_steps
 from hf_lowbit.kernels.routes import gpu_runs, why_not
 
 
-def convolution(
-    x: Operand,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    silu: bool,
-    out_scale: Tensor | None,
-    update: bool,
-    dtype: torch.dtype,
-    backend: str | None,
-) -> Tensor:
+def convolution(given: Convolution, update: bool, dtype: torch.dtype, backend: str | None) -> Tensor:
     """:func:`hf_lowbit.kernels.causal_convolution`, of arguments that fit."""
+    x, weight, bias, state, silu, out_scale = given
     if (kernels := _kernels(backend, (x.values, state), (weight, bias))) is not None:
         kept = state if state is None or state.is_contiguous() else state.contiguous()
-        result: Tensor = kernels.causal_convolution(x, weight, bias, kept, silu, out_scale, update, dtype)
+        result: Tensor = kernels.causal_convolution(given._replace(state=kept), update, dtype)
         if update and state is not None and kept is not state and kept is not None:
             state.copy_(kept)
         return result

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.kernels import scan_ops, scanning
-from hf_lowbit.kernels.operand import Operand, Recurrence
+from hf_lowbit.kernels.operand import Convolution, Operand, Recurrence
 
 
 class Scanned(NamedTuple):
@@ -71,10 +71,11 @@ def causal_convolution(
         raise ValueError(f"state {list(state.shape)} must be [{shape[0]}, {channels}, {taps}]")
     if x.scale is None and (x.values.dtype == torch.int8 or (state is not None and state.dtype == torch.int8)):
         raise ValueError("int8 inputs and an int8 state need the scale of x")
-    told = x, weight, bias, state, silu, out_scale, update, dtype or _float_type(x), backend
+    given = Convolution(x, weight, bias, state, silu, out_scale)
+    asked = update, dtype or _float_type(x), backend
     if torch.compiler.is_compiling() and not _wants_gradients(x.values, weight, bias) and backend != "reference":
-        return scan_ops.convolution(*told)
-    return scanning.convolution(*told)
+        return scan_ops.convolution(given, *asked)
+    return scanning.convolution(given, *asked)
 
 
 def selective_scan(

@@ -167,3 +167,23 @@ def compare_traced(coded: bool, backend: str | None = None, device: str = "cpu",
         assert torch.equal(result, one)
     assert torch.equal(given[0]["state"], compiled_given[0]["state"]) and torch.equal(given[2], compiled_given[2])
     assert not torch.equal(given[2], past)
+
+
+def lying_apart(inputs: dict[str, Any]) -> list[dict[str, Operand]]:
+    """The same values as parts of a projection's output, as mixers split it, and in layouts that have to be copied."""
+    names = ("z", "x", "B", "C", "dt")
+    sizes = [inputs[name].values.flatten(2).shape[2] for name in names]
+    parts = torch.cat([inputs[name].values.flatten(2) for name in names], 2).split(sizes, 2)
+    split = {name: Operand(part.view(inputs[name].values.shape)) for name, part in zip(names, parts, strict=True)}
+    turned = {
+        name: Operand(inputs[name].values.transpose(-1, -2).contiguous().transpose(-1, -2)) for name in ("x", "B", "C")
+    }
+    return [split, turned]
+
+
+def extreme_inputs() -> dict[str, Any]:
+    """Steps and gates whose exponentials leave the range of floats."""
+    inputs = cast(scan_inputs("mamba", 1, 5), torch.float32) | {"dt_limit": (0.0, float("inf"))}
+    inputs["dt"] = Operand(torch.tensor([-200.0, -30.0, 0.0, 30.0, 200.0]).view(1, 5, 1).expand(1, 5, 20))
+    inputs["z"] = Operand(torch.linspace(-120, 120, 100).view(1, 5, 20))
+    return inputs

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.kernels.cpu.products import _check, _library
-from hf_lowbit.kernels.operand import Operand, Recurrence, laid_out, plain_floats
+from hf_lowbit.kernels.operand import Convolution, Operand, Recurrence, laid_out, plain_floats
 
 VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _SCAN = struct.Struct("@51q2dq")
@@ -76,17 +76,9 @@ def selective_scan(
     return y, peaks
 
 
-def causal_convolution(
-    x: Operand,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    silu: bool,
-    out_scale: Tensor | None,
-    update: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def causal_convolution(given: Convolution, update: bool, dtype: torch.dtype) -> Tensor:
     """:func:`hf_lowbit.kernels.causal_convolution`; ``state`` is contiguous, and changed in place with ``update``."""
+    x, weight, bias, state, silu, out_scale = given
     batch, tokens, channels = x.values.shape
     y = torch.empty(batch, tokens, channels, dtype=dtype if out_scale is None else torch.int8)
     kept: list[object] = []

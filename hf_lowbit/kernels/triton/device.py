@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
+from torch import Tensor
 
+_HERE: AbstractContextManager[object] = nullcontext()
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 matrix units and asynchronous copies
 
 
@@ -35,6 +38,12 @@ def runs_on(device: torch.device) -> bool:
     if device.type == "cpu":
         return interpreted() and unavailable_because() is None
     return device.type == "cuda" and unavailable_because() is None and (interpreted() or _has_units(device.index))
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Within it kernels are launched where the tensor lies; to switch to where one is takes longer than a launch."""
+    here = not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(tensor.device)
 
 
 @cache

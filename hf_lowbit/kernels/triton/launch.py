@@ -7,7 +7,6 @@ that is done once for each layout, number of tokens and alignment.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from hf_lowbit.kernels.triton import blocks
 from hf_lowbit.kernels.triton.decode import decode_rows, rescale
-from hf_lowbit.kernels.triton.device import interpreted
+from hf_lowbit.kernels.triton.device import interpreted, on_device_of
 from hf_lowbit.kernels.triton.fused import fused
 from hf_lowbit.kernels.triton.matrix import Matrix, Tiling
 from hf_lowbit.kernels.triton.quantize import quantize
@@ -29,7 +28,6 @@ _SCALES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16
 _ALIGNMENT = 16
 _ARRANGED = 256  # chunks of a block
 _MOST_FOUND = 1 << 12  # launches that are remembered
-_HERE = nullcontext()
 
 
 class _Plan(NamedTuple):
@@ -47,7 +45,7 @@ def _launch(kernel: Any, key: tuple[Any, ...], tensors: tuple[Tensor | None, ...
     """Launch by plan. It is asked where no launch before had the key, the device, and tensors of the same alignment."""
     first = tensors[0]
     assert first is not None
-    with _on(first):
+    with on_device_of(first):
         key = (
             kernel,
             first.device,
@@ -177,7 +175,7 @@ def launch_quantize(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[0], 1, device=x.device)
     block = triton.next_power_of_2(x.shape[1])
-    with _on(x):
+    with on_device_of(x):
         quantize[x.shape[0],](
             x, codes, scale, x.shape[1], x.stride(0), limit, BLOCK=block, num_warps=min(8, max(1, block // 512))
         )
@@ -188,7 +186,7 @@ def launch_rescale(sums: Tensor, token_scale: Tensor, row_scale: Tensor, dtype: 
     """int32 sums ``[m, rows]`` times float32 scales ``[m, 1]`` and ``[rows, 1]``, in ``dtype``, in one pass."""
     out = torch.empty(sums.shape, dtype=dtype, device=sums.device)
     grid = (sums.shape[0], triton.cdiv(sums.shape[1], blocks.RESCALED))
-    with _on(out):
+    with on_device_of(out):
         rescale[grid](sums, token_scale.contiguous(), row_scale.contiguous(), out, sums.shape[1], BLOCK=blocks.RESCALED)
     return out
 
@@ -214,8 +212,3 @@ def _operands(bits: int, scaled: bool) -> str:
 
 def _dependence(device: torch.device) -> dict[str, Any]:
     return {"DEPENDENT": True, "launch_pdl": True} if _overlaps(device) else {"DEPENDENT": False}
-
-
-def _on(tensor: Tensor) -> Any:
-    here = not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
-    return _HERE if here else torch.cuda.device(tensor.device)

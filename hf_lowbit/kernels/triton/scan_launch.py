@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_lowbit.kernels.operand import Laid, Operand, Recurrence, laid_out, plain_floats
+from hf_lowbit.kernels.operand import Convolution, Laid, Recurrence, laid_out, plain_floats
 from hf_lowbit.kernels.triton.convolution import convolve
-from hf_lowbit.kernels.triton.launch import _on
+from hf_lowbit.kernels.triton.device import on_device_of
 from hf_lowbit.kernels.triton.scan import chain_states, scan_tokens
 from hf_lowbit.kernels.triton.scan_chunks import chunk_outputs, chunk_states
 from hf_lowbit.kernels.triton.scan_compiled import launch
@@ -58,7 +58,7 @@ def launch_scan(given: Recurrence, after: Tensor | None, y: Tensor, peaks_every:
     D, dt_bias = (None if p is None else plain_floats(p) for p in (given.D, given.dt_bias))
     z = _ABSENT if given.z is None else laid_out(given.z)
     scan = Scan(x, dt, A, B, C, D, z, dt_bias, *given.dt_limit)
-    with _on(y):
+    with on_device_of(y):
         if peaks_every is None and _suits_products(given):
             _scan_in_chunks(scan, given, after, y)
             return None
@@ -128,17 +128,9 @@ def _chain(scan: Scan, given: Recurrence, after: Tensor | None, between: Tensor,
     launch(chain_states, (_parts(channels, block), batch, 1), arguments, constants)
 
 
-def launch_convolution(
-    x: Operand,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    silu: bool,
-    out_scale: Tensor | None,
-    update: bool,
-    y: Tensor,
-) -> None:
+def launch_convolution(given: Convolution, update: bool, y: Tensor) -> None:
     """A convolution into ``y`` ``[batch, T, channels]``, and its last inputs into ``state`` with ``update``."""
+    x, weight, bias, state, silu, out_scale = given
     batch, tokens, channels = y.shape
     taps = weight.shape[1]
     slots = _power_of_2(taps)
@@ -153,7 +145,7 @@ def launch_convolution(
     constants = {
         "TAPS": taps, "SLOTS": slots, "SILU": silu, "UPDATE": update, "TOKENS": height, "CHANNELS": width
     }  # fmt: skip
-    with _on(y):
+    with on_device_of(y):
         launch(convolve, grid, arguments, constants)
 
 

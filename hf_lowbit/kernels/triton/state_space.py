@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_lowbit.kernels.operand import Operand, Recurrence
+from hf_lowbit.kernels.operand import Convolution, Recurrence
 
 SEGMENT = 16  # tokens, at least, that are scanned one after the other, or as one product
 MOST_STATES = 1 << 28  # kept at once, one of each segment: 1 GiB
@@ -49,21 +49,12 @@ def _part(given: Recurrence, part: slice) -> Recurrence:
     return given._replace(x=x, dt=dt, B=B, C=C, z=z)
 
 
-def causal_convolution(
-    x: Operand,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    silu: bool,
-    out_scale: Tensor | None,
-    update: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def causal_convolution(given: Convolution, update: bool, dtype: torch.dtype) -> Tensor:
     """:func:`hf_lowbit.kernels.causal_convolution`; ``state`` is contiguous, and changed in place with ``update``."""
-    dtype = dtype if out_scale is None else torch.int8
-    y = torch.empty(x.values.shape, dtype=dtype, device=x.values.device)
+    values, dtype = given.x.values, dtype if given.out_scale is None else torch.int8
+    y = torch.empty(values.shape, dtype=dtype, device=values.device)
     if y.numel():
         from hf_lowbit.kernels.triton.scan_launch import launch_convolution
 
-        launch_convolution(x, weight, bias, state, silu, out_scale, update, y)
+        launch_convolution(given, update, y)
     return y

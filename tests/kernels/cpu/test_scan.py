@@ -10,7 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_lowbit.kernels import Operand, causal_convolution, quantize_codes, selective_scan
-from tests.kernels.mixers import SHAPES, by_tokens, cast, in_codes, relative, restored, scan_inputs
+from tests.kernels.mixers import (
+    SHAPES,
+    by_tokens,
+    cast,
+    extreme_inputs,
+    in_codes,
+    lying_apart,
+    relative,
+    restored,
+    scan_inputs,
+)
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
@@ -73,16 +83,8 @@ def test_one_scale_for_all_states_of_a_cluster(instruction_set: str) -> None:
 
 
 def test_reads_what_lies_apart(instruction_set: str) -> None:
-    """Parts of a projection's output, as mixers split it, and layouts that have to be copied."""
     inputs = cast(scan_inputs("mamba-2", 2, 12), torch.float32)
-    names = ("z", "x", "B", "C", "dt")
-    sizes = [inputs[name].values.flatten(2).shape[2] for name in names]
-    parts = torch.cat([inputs[name].values.flatten(2) for name in names], 2).split(sizes, 2)
-    split = {name: Operand(part.view(inputs[name].values.shape)) for name, part in zip(names, parts, strict=True)}
-    turned = {
-        name: Operand(inputs[name].values.transpose(-1, -2).contiguous().transpose(-1, -2)) for name in ("x", "B", "C")
-    }
-    for other in (split, turned):
+    for other in lying_apart(inputs):
         for result, expected in zip(native(**{**inputs, **other}), native(**inputs), strict=True):
             assert torch.equal(result, expected)
 
@@ -111,10 +113,7 @@ def test_a_token_that_is_not_finite_touches_no_earlier_one(value: float, instruc
 
 
 def test_extreme_steps_and_gates(instruction_set: str) -> None:
-    """Steps and gates whose exponentials leave the range of floats."""
-    inputs = cast(scan_inputs("mamba", 1, 5), torch.float32) | {"dt_limit": (0.0, float("inf"))}
-    inputs["dt"] = Operand(torch.tensor([-200.0, -30.0, 0.0, 30.0, 200.0]).view(1, 5, 1).expand(1, 5, 20))
-    inputs["z"] = Operand(torch.linspace(-120, 120, 100).view(1, 5, 20))
+    inputs = extreme_inputs()
     output, state, _ = native(**inputs)
     expected, last, _ = by_tokens(cast(inputs, torch.float64))
     assert relative(output, expected) < 1e-6 and relative(state, last) < 1e-6
@@ -170,10 +169,12 @@ def test_convolution_of_codes(taps: int, instruction_set: str) -> None:
 
 def test_the_library_refuses_what_it_cannot_read() -> None:
     from hf_lowbit.kernels.cpu import state_space
+    from hf_lowbit.kernels.operand import Convolution
 
     codes = Operand(torch.zeros(1, 2, 4, dtype=torch.int8))
     with pytest.raises(ValueError, match="refused"):
-        state_space.causal_convolution(codes, torch.ones(4, 2), None, None, True, None, False, torch.float32)
+        given = Convolution(codes, torch.ones(4, 2), None, None, True, None)
+        state_space.causal_convolution(given, False, torch.float32)
     coded = in_codes(scan_inputs("mamba", 1, 2, torch.float32), clusters=3)
     with pytest.raises(ValueError, match="refused"):
         native(**coded | {"state_cluster": coded["state_cluster"] + 1})

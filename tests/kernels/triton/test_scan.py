@@ -15,7 +15,9 @@ from tests.kernels.mixers import (
     by_tokens,
     cast,
     compare_traced,
+    extreme_inputs,
     in_codes,
+    lying_apart,
     moved,
     relative,
     restored,
@@ -140,16 +142,8 @@ def test_one_scale_for_all_states_of_a_cluster() -> None:
 
 @pytest.mark.parametrize("tokens", (3, LONG))
 def test_reads_what_lies_apart(tokens: int) -> None:
-    """Parts of a projection's output, as mixers split it, and layouts that have to be copied."""
     inputs = moved(cast(scan_inputs("mamba-2", 2, tokens), torch.float32), DEVICE)
-    names = ("z", "x", "B", "C", "dt")
-    sizes = [inputs[name].values.flatten(2).shape[2] for name in names]
-    parts = torch.cat([inputs[name].values.flatten(2) for name in names], 2).split(sizes, 2)
-    split = {name: Operand(part.view(inputs[name].values.shape)) for name, part in zip(names, parts, strict=True)}
-    turned = {
-        name: Operand(inputs[name].values.transpose(-1, -2).contiguous().transpose(-1, -2)) for name in ("x", "B", "C")
-    }
-    for other in (split, turned):
+    for other in lying_apart(inputs):
         for result, expected in zip(scanned(**{**inputs, **other})[:2], scanned(**inputs)[:2], strict=True):
             assert torch.equal(result, expected)
 
@@ -165,10 +159,7 @@ def test_a_token_that_is_not_finite_touches_no_earlier_one(value: float) -> None
 
 
 def test_extreme_steps_and_gates() -> None:
-    """Steps and gates whose exponentials leave the range of floats."""
-    inputs = cast(scan_inputs("mamba", 1, 5), torch.float32) | {"dt_limit": (0.0, float("inf"))}
-    inputs["dt"] = Operand(torch.tensor([-200.0, -30.0, 0.0, 30.0, 200.0]).view(1, 5, 1).expand(1, 5, 20))
-    inputs["z"] = Operand(torch.linspace(-120, 120, 100).view(1, 5, 20))
+    inputs = extreme_inputs()
     output, state, _ = scanned(**inputs)
     expected, last, _ = by_tokens(cast(inputs, torch.float64))
     assert relative(output, expected) < 1e-5 and relative(state, last) < 1e-5
