@@ -1,7 +1,14 @@
-"""One picture: 4-bit products by number of tokens beside the peers', and decode speeds of whole models."""
+"""One picture: 4-bit products by number of tokens beside the peers', and decode speeds of whole models.
+
+    python -m gpu.picture RESULT.json [MORE.json ...] PICTURE.png      (in benchmarks/)
+
+draws it of results that are there; of models of one shape those of the last file that has them.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,3 +81,20 @@ def _models(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_yticks(range(len(rows)), [f"{row['shape']} {row['variant']}" for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_title("decode, one sequence: tokens per second", loc="left", fontsize=10)
+
+
+def together(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first report, with the models of the others."""
+    models: dict[str, list[Any]] = {}
+    for report in reports:
+        models |= {shape: [m for m in report["models"] if m["shape"] == shape] for shape in _shapes(report)}
+    return {**reports[0], "models": [model for same in models.values() for model in same]}
+
+
+def _shapes(report: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(model["shape"] for model in report["models"]))
+
+
+if __name__ == "__main__":
+    *results, picture = map(Path, sys.argv[1:])
+    draw(together([json.loads(result.read_text()) for result in results]), picture)
