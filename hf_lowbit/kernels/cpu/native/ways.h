@@ -13,8 +13,14 @@
 
 namespace {
 
+struct OneFloat {
+    HFL_INLINE static Simd::Float multiply_add(Simd::Float value, const float* in, Simd::Float sum) {
+        return Simd::multiply_add(value, Simd::load(in), sum);
+    }
+};
+
 // One float per lane and step: for every width and decoder.
-template <int bits, int decoder> struct InLanes {
+template <int bits, int decoder> struct InLanes : OneFloat {
     using V = Values<bits, decoder>;
     static constexpr int words = Lane<bits>::words, steps = Lane<bits>::codes, block_words = words * Simd::lanes;
     struct Loaded { Simd::Int lane[words]; };
@@ -31,9 +37,6 @@ template <int bits, int decoder> struct InLanes {
         return loaded;
     }
     template <int j> HFL_INLINE Simd::Float at(const Loaded& loaded) const { return values.template at<j>(loaded.lane); }
-    HFL_INLINE static Simd::Float multiply_add(Simd::Float value, const float* in, Simd::Float sum) {
-        return Simd::multiply_add(value, Simd::load(in), sum);
-    }
     static float shift(const hfl_matrix& w) { return V::shift(w); }
 };
 
@@ -55,7 +58,7 @@ struct InPlanes : InLanes<4, HFL_TABLE> {
 };
 
 // Base 3, five digits in a byte and a byte in a lane: digit j is b / 3^j - 3 * (b / 3^(j + 1)), exact in floats.
-struct InDigits {
+struct InDigits : OneFloat {
     static constexpr int steps = 5, block_words = Simd::lanes / 4;
     struct Loaded { Simd::Float quotient[5]; };
 
@@ -81,9 +84,6 @@ struct InDigits {
     template <int j> HFL_INLINE static Simd::Float at(const Loaded& loaded) {
         if constexpr (j == 4) return loaded.quotient[4];
         else return Simd::multiply_add(loaded.quotient[j + 1], Simd::set(-3.0f), loaded.quotient[j]);
-    }
-    HFL_INLINE static Simd::Float multiply_add(Simd::Float value, const float* in, Simd::Float sum) {
-        return Simd::multiply_add(value, Simd::load(in), sum);
     }
     static float shift(const hfl_matrix& w) { return -w.table[0]; }
 };
