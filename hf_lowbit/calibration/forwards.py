@@ -13,8 +13,8 @@ from torch import nn
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Within it calls of these modules go there. A forward of its own, as accelerate gives it, comes back."""
     own = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
+    for module, other in forwards.items():
+        module.forward = other
     try:
         yield
     finally:

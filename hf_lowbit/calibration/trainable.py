@@ -49,6 +49,6 @@ def recomputing(blocks: Collection[nn.Module]) -> Iterator[None]:
     """Within it the activations inside these modules are computed again where a gradient needs them, not kept (Chen et
     al. 2016, arXiv 1604.06174). Gradients are the same.
     """
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    with replaced_forwards({module: partial(checkpoint, module.forward, **options) for module in blocks}):
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    with replaced_forwards({module: partial(again, module.forward) for module in blocks}):
         yield

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_lowbit.kernels.triton.launch import _on
+from hf_lowbit.kernels.triton.device import on_device_of
 
 _ROWS, _WARPS = 32, 4  # of a program
 _HALF_UNITS = tl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it is rounded to an integer, ties to even
@@ -45,7 +45,7 @@ def round_columns(
     count, rows = work.shape
     factor = factor.contiguous()  # a solver may have left it by columns
     units, errors = torch.empty_like(work), torch.empty_like(work)
-    with _on(work):
+    with on_device_of(work):
         _round_columns[triton.cdiv(rows, _ROWS),](
             work, factor, scale, zero_point, groups, values, boundaries, units, errors, count, rows, len(values),
             INTEGERS=boundaries is None, ONE_GRID=scale.shape[1] == 1,
