@@ -55,7 +55,7 @@ def test_equals_the_loop(name: str, group_size: int | str | None) -> None:
         )  # fmt: skip
         same = (values.cpu() == expected).all(0)  # rows; a half that falls the other way changes what comes after it
         assert same.all() if triton.interpreted() else same.float().mean() > 0.99
-        torch.testing.assert_close(own_errors.cpu()[:, same], errors[:, same], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own_errors.cpu()[:, same], errors[:, same], rtol=1e-4, atol=5e-5)
 
 
 def test_halves_go_to_even_and_what_is_beyond_saturates() -> None:
