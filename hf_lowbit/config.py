@@ -24,6 +24,7 @@ from hf_lowbit.kernels import why_not
 from hf_lowbit.nn import LayerSpec, MixerSpec
 from hf_lowbit.plan import PlanError, check_entries
 from hf_lowbit.plan.patterns import check_patterns, first_match
+from hf_lowbit.suggestion import suggest
 
 __all__ = ["ConfigError", "LowRankConfig", "LowbitConfig", "MethodName", "TuningConfig"]
 
@@ -141,9 +142,9 @@ class LowbitConfig(QuantizationConfigMixin):
             self._layer_spec({})
             for pattern, values in (self.overrides or {}).items():
                 allowed = (*_FORMAT_FIELDS, *ACTIVATION_FIELDS, "low_rank")
-                if unknown := sorted(set(values) - set(allowed)):
-                    fields_ = ", ".join(allowed)
-                    raise ConfigError(f"overrides[{pattern!r}] cannot set {', '.join(unknown)}; it can set {fields_}")
+                for name in sorted(set(values) - set(allowed)):
+                    hint = suggest(name, allowed, "it can set")
+                    raise ConfigError(f"overrides[{pattern!r}] cannot set {name}; {hint}")
                 self._rank(values)
                 self._layer_spec(values)
             if self.plan is not None:

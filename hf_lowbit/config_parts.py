@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from hf_lowbit.compensation import METRICS
 from hf_lowbit.formats import SpecError, WeightSpec
 from hf_lowbit.nn.factors import check_factor_bits
+from hf_lowbit.suggestion import suggest
 
 if TYPE_CHECKING:
     from hf_lowbit.config import LowbitConfig
@@ -126,15 +126,12 @@ def check_field_names(cls: type, values: dict[str, object], where: str = "") -> 
     known = [f.name for f in fields(cls)]
     for name in values:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
+            hint = suggest(name, known, "known fields")
             raise ConfigError(f"{cls.__name__} has no field {f'{where}.' if where else ''}{name}; {hint}")
 
 
 def _unknown(name: str, value: object, allowed: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"supported: {', '.join(map(repr, allowed))}"
-    return f"low_rank.{name}={value!r} is not supported; {hint}"
+    return f"low_rank.{name}={value!r} is not supported; {suggest(value, allowed, 'supported')}"
 
 
 def check_activations(config: LowbitConfig) -> None:

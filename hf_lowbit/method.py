@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_lowbit.config import ConfigError, LowbitConfig
 from hf_lowbit.formats import PackedTensor, WeightSpec
+from hf_lowbit.suggestion import unknown
 
 if TYPE_CHECKING:
     from hf_lowbit.calibration.block import Block
@@ -141,9 +142,14 @@ def config_of(config: LowbitConfig | str) -> LowbitConfig:
         return config
     if not isinstance(config, str):
         raise ConfigError(f"config must be a method's config or its name, not {type(config).__name__}")
-    if config not in methods():
-        raise ConfigError(f"unknown method {config!r}; installed: {', '.join(methods())}")
-    return methods()[config].config_class()  # type: ignore[call-arg]  # quant_method is a class attribute here
+    return method_named(config).config_class()  # type: ignore[call-arg]  # quant_method is a class attribute here
+
+
+def method_named(name: str) -> Method:
+    """The installed method of this name. Raises ConfigError for any other name, naming the closest."""
+    if name not in methods():
+        raise ConfigError(unknown("method", name, methods(), "installed"))
+    return methods()[name]
 
 
 def method_of(config: LowbitConfig) -> Method:

@@ -27,13 +27,9 @@ def methods_command(
 ) -> None:
     """List the installed methods, or the fields of one."""
     with work():
-        from hf_lowbit.config import ConfigError
-        from hf_lowbit.method import methods
+        from hf_lowbit.method import method_named, methods
 
-        installed = methods()
-        if name is not None and name not in installed:
-            raise ConfigError(f"unknown method {name!r}; installed: {', '.join(installed)}")
-        chosen = installed if name is None else {name: installed[name]}
+        chosen = methods() if name is None else {name: method_named(name)}
         described = {key: describe_method(method) for key, method in chosen.items()}
     if json_output:
         print_json({"methods": described})

@@ -226,9 +226,10 @@ def _search(
     from hf_lowbit.cli.errors import RequestError
     from hf_lowbit.cli.run import load
     from hf_lowbit.search import METRICS, search
+    from hf_lowbit.suggestion import unknown
 
     if metric not in METRICS:
-        raise RequestError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
+        raise RequestError(unknown("metric", metric, METRICS))
     loaded = load(model, "loading")
     assert isinstance(loaded, nn.Module)
     try:

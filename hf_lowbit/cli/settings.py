@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,23 +33,19 @@ def build_config(
     Raises:
         ConfigError, RequestError: an unknown method or field, or a value that cannot be.
     """
-    from hf_lowbit.config import ConfigError
-    from hf_lowbit.method import methods
+    from hf_lowbit.method import method_named
 
     values = read_fields(stored) if stored is not None else {}
     name = method or str(values.get("quant_method", "")).removeprefix("lowbit_")
     if not name:
         raise RequestError("no method is named: add --method NAME (hf-lowbit methods lists them)")
-    if name not in methods():
-        close = difflib.get_close_matches(name, methods(), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"installed: {', '.join(methods())}"
-        raise ConfigError(f"unknown method {name!r}; {hint}")
+    chosen = method_named(name)
     values.update({field: value for field, value in options.items() if value is not None})
     for assignment in assignments:
         assign(values, assignment)
     if "group_size" in values:
         values["group_size"] = parse_group(values["group_size"])
-    config: LowbitConfig = methods()[name].config_class.from_dict(values)
+    config: LowbitConfig = chosen.config_class.from_dict(values)
     return config
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from hf_lowbit.evaluation.figure import new_figure as _figure
 from hf_lowbit.evaluation.layer_errors import Panel
 from hf_lowbit.evaluation.points import METRICS, Point, SourceError
+from hf_lowbit.suggestion import unknown
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _TITLES = {
@@ -38,7 +39,7 @@ def check_picture(path: str | Path, metric: str = "kl") -> None:
     if not Path(path).absolute().parent.is_dir():
         raise SourceError(f"there is no folder {str(Path(path).parent)!r} to write {Path(path).name} in")
     if metric not in METRICS:
-        raise SourceError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
+        raise SourceError(unknown("metric", metric, METRICS))
 
 
 def draw_quality(points: Sequence[Point], path: str | Path, metric: str = "kl", title: str = "") -> None:

@@ -16,6 +16,7 @@ from hf_lowbit.export.scheme import ExportError
 from hf_lowbit.export.vllm import obstacles
 from hf_lowbit.integrations.atomic import write_folder
 from hf_lowbit.integrations.loading import load_quantized
+from hf_lowbit.suggestion import unknown
 
 logger = logging.getLogger("hf_lowbit")
 
@@ -64,7 +65,7 @@ def export_model(model: nn.Module | str | Path, output: str | Path, to: str = "c
         FileExistsError, NotADirectoryError: the output is in the way.
     """
     if to not in FORMATS:
-        raise ExportError(f"unknown export format {to!r}; known: {', '.join(FORMATS)}")
+        raise ExportError(unknown("export format", to, FORMATS))
     _check_output(Path(output))
     source = None if isinstance(model, nn.Module) else str(model)
     loaded: Any = model if isinstance(model, nn.Module) else load_quantized(model)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_lowbit.formats import tables
 from hf_lowbit.formats.floating_point import SPLITS, floating_point
+from hf_lowbit.suggestion import unknown
 
 _TORCH_FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _INTEGER_MULTIPLIERS = (1, 2, 4, 8, 16)  # E2M1 times 2 is an integer, and so on
@@ -133,9 +134,7 @@ def default_bits(name: str, codebook: Sequence[float] | None = None) -> int:
         return max(1, (len(codebook) - 1).bit_length())
     if name in format_names():
         return 4
-    raise ValueError(
-        f"unknown number format {name!r}; known: {'; '.join(f'{k} ({v})' for k, v in format_names().items())}"
-    )
+    raise ValueError(unknown("number format", name, format_names()))
 
 
 @lru_cache(maxsize=256)

@@ -9,6 +9,7 @@ from typing import Any
 from hf_lowbit.formats import SpecError
 from hf_lowbit.nn import KINDS, LayerSpec, PackedMixer
 from hf_lowbit.plan.patterns import expand, generalisations
+from hf_lowbit.suggestion import unknown
 
 
 class PlanError(ValueError):
@@ -24,7 +25,7 @@ class PlannedLayer:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise PlanError(f"unknown kind of packed module {self.kind!r}; registered: {', '.join(KINDS)}")
+            raise PlanError(unknown("kind of packed module", self.kind, KINDS, "registered"))
         if self.spec.transform is not None and not KINDS[self.kind].takes_transform:
             raise PlanError(f"layers of kind {self.kind!r} cannot have a transform ({self.spec.transform.kind})")
         if self.spec.exact is not None and not KINDS[self.kind].takes_exact:

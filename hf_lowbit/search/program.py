@@ -31,6 +31,7 @@ from hf_lowbit.rounding import round_to_nearest
 from hf_lowbit.search.options import Options, alike, gives_rank, options_of, options_with_ranks, widths
 from hf_lowbit.search.result import GroupChoice, SearchResult
 from hf_lowbit.state import state_of
+from hf_lowbit.suggestion import unknown
 
 logger = logging.getLogger("hf_lowbit")
 
@@ -151,7 +152,7 @@ def search(
 
 def _check(model: nn.Module, metric: str, candidates: Sequence[int], rounding: str, kl_samples: int) -> None:
     if metric not in METRICS:
-        raise ConfigError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
+        raise ConfigError(unknown("metric", metric, METRICS))
     if rounding not in ("nearest", "method"):
         raise ConfigError(f"rounding must be 'nearest' or 'method', not {rounding!r}")
     if not candidates or any(type(bits) is not int for bits in candidates):

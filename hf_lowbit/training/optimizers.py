@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.optim import Adam, Optimizer
 
+from hf_lowbit.suggestion import unknown
+
 OPTIMIZERS = ("sign", "adam")
 
 
@@ -32,5 +34,5 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], learning_rate: float
         ValueError: an unknown name.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
+        raise ValueError(unknown("optimizer", name, OPTIMIZERS))
     return SignDescent(groups, learning_rate) if name == "sign" else Adam(groups, learning_rate)

@@ -183,9 +183,11 @@ def test_unknown_names_and_widths_are_refused(name: str, bits: int, exponent: fl
         get_format(name, bits, exponent)
 
 
-def test_an_unknown_name_lists_the_known_ones() -> None:
+def test_an_unknown_name_is_answered_with_the_closest_or_all() -> None:
+    with pytest.raises(ValueError, match="did you mean 'ternary'"):
+        default_bits("ternery")
     with pytest.raises(ValueError) as refusal:
-        default_bits("float4")
+        default_bits("posit")
     assert all(name in str(refusal.value) for name in format_names())
 
 

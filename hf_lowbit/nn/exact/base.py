@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hf_lowbit.formats import SpecError
 from hf_lowbit.formats.packed import from_bits, to_bits
+from hf_lowbit.suggestion import unknown
 
 Tensors = Mapping[str, Tensor]  # part -> tensor as stored
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -96,7 +97,7 @@ class ExactSpec(ABC):
         parameters = dict(values)
         kind = parameters.pop("kind", None)
         if kind not in EXACT_KINDS:
-            raise SpecError(f"unknown kind of exact part {kind!r}; registered: {', '.join(EXACT_KINDS)}")
+            raise SpecError(unknown("kind of exact part", kind, EXACT_KINDS, "registered"))
         try:
             return EXACT_KINDS[kind](**parameters)
         except TypeError:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.formats import SpecError
+from hf_lowbit.suggestion import unknown
 
 Tensors = Mapping[str, Tensor]  # part -> tensor as stored
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -75,7 +76,7 @@ class TransformSpec(ABC):
         parameters = dict(values)
         kind = parameters.pop("kind", None)
         if kind not in TRANSFORMS:
-            raise SpecError(f"unknown kind of transform {kind!r}; registered: {', '.join(TRANSFORMS)}")
+            raise SpecError(unknown("kind of transform", kind, TRANSFORMS, "registered"))
         try:
             return TRANSFORMS[kind](**parameters)
         except TypeError:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_lowbit.config import ConfigError
+from hf_lowbit.suggestion import unknown
 
 OBJECTIVES = {
     "score": "the sum of scores, as in the paper",
@@ -49,7 +50,7 @@ class Settings:
         ):
             raise ConfigError(f"scan must be how many budgets and how many ratios are tried, not {self.scan!r}")
         if self.objective not in OBJECTIVES:
-            raise ConfigError(f"unknown objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
+            raise ConfigError(unknown("objective", self.objective, OBJECTIVES))
         if not 0 <= self.protect < 1:
             raise ConfigError(f"protect must be a share of the layers, from 0 to below 1, not {self.protect!r}")
         for name in ("bits_per_weight", "bits_per_input"):
