@@ -22,8 +22,10 @@ def prepare(options: argparse.Namespace, folder: Path) -> Task:
     """``samples`` windows of one recording to calibrate on, and all windows of the others with the float transcripts.
 
     Every window is five seconds, its ids are the float model's greedy ones, and every layer of the encoder stays float.
+    What is quantized is a float32 copy of the model: processors without float16 units take four times as long in that.
     """
     from transformers import WhisperProcessor
+    from transformers.modeling_outputs import BaseModelOutput
 
     from hf_lowbit.evaluation.audio import read_wav
     from hf_lowbit.testbed import speech, whisper_tiny_en
@@ -38,22 +40,28 @@ def prepare(options: argparse.Namespace, folder: Path) -> Task:
     torch.save([torch.from_numpy(calibration[i]) for i in chosen], path)
 
     model, processor = _load(source).eval(), WhisperProcessor.from_pretrained(source)
-    heard: dict[tuple[int, ...], Tensor] = {}
+    copy = folder / source.name
+    model.save_pretrained(copy)
+    processor.save_pretrained(copy)
+    heard: dict[tuple[int, ...], Tensor] = {}  # what the encoder, the same in every variant, makes of the window
     for wave in (wave for windows in waves.values() for wave in windows):
         features = processor(wave, sampling_rate=16_000, return_tensors="pt").input_features
-        heard.setdefault(_listen(model, features), features)
+        ids = _listen(model, features)
+        if ids not in heard:
+            with torch.no_grad():
+                heard[ids] = model.get_encoder()(features).last_hidden_state
     windows = [torch.tensor(ids) for ids in heard]
 
     def read(model: Any) -> Callable[[Tensor], Tensor]:
         def logits(ids: Tensor) -> Tensor:
-            features = heard[tuple(ids[0].tolist())].to(model.device)
-            found: Tensor = model(input_features=features, decoder_input_ids=ids.to(model.device)).logits
+            encoded = BaseModelOutput(last_hidden_state=heard[tuple(ids[0].tolist())].to(model.device))
+            found: Tensor = model(encoder_outputs=encoded, decoder_input_ids=ids.to(model.device)).logits
             return found
 
         return logits
 
     clusters = [number // _CLUSTER for number in range(len(windows))]
-    return Task(source, path, windows, _load, read, clusters, {"modules_to_not_convert": ["model.encoder"]})
+    return Task(copy, path, windows, _load, read, clusters, {"modules_to_not_convert": ["model.encoder"]})
 
 
 def _windows(wave: np.ndarray) -> list[np.ndarray]:

@@ -75,7 +75,9 @@ def find_stream(model: nn.Module, batch: dict[str, Any]) -> Stream:
     """
     modules = {name: module for name, module in model.named_modules() if _is_layer(module)}
     outputs, readings = _traced(model, modules, batch)
-    first = next((i for i, output in enumerate(outputs) if isinstance(modules[output.module], nn.Embedding)), None)
+    embedded = [i for i, output in enumerate(outputs) if isinstance(modules[output.module], nn.Embedding)]
+    tokens = _token_embedding(model)  # not always the first: Whisper's encoder embeds positions before
+    first = next((i for i in embedded if modules[outputs[i].module] is tokens), next(iter(embedded), None))
     if first is None:
         raise StreamError("no embedding is called on the data")
     width = outputs[first].leaf.shape[-1]
@@ -96,6 +98,14 @@ def find_stream(model: nn.Module, batch: dict[str, Any]) -> Stream:
         {norm: tuple(name for name in before if before[name] == norm) for norm in normed},
         tuple(name for name in before if before[name] == "" and name not in norms),
     )
+
+
+def _token_embedding(model: nn.Module) -> Any:
+    get: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        return None if get is None else get()
+    except NotImplementedError:  # transformers', of a model that takes no tokens
+        return None
 
 
 def _is_layer(module: nn.Module) -> bool:

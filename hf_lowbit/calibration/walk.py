@@ -16,6 +16,7 @@ from hf_lowbit.calibration.block import Block, Pack, PackedParameter
 from hf_lowbit.calibration.calls import Calls
 from hf_lowbit.calibration.checkpoint import Checkpoint
 from hf_lowbit.calibration.fitting import FitInputs
+from hf_lowbit.calibration.heap import hand_back_memory
 from hf_lowbit.calibration.low_rank import UNCOMPENSATED, Compensation, Rounding
 from hf_lowbit.calibration.parallel import agree, rank, wait_for_all
 from hf_lowbit.calibration.placement import Placement
@@ -239,6 +240,7 @@ class Walk:
                 _restore_types(block.module, kept)
                 becomes(block.module)
             self._account(block, restored is not None)
+            hand_back_memory()  # what the block took, or the next one lands beside its holes
             progress.step(name, restored is not None)
         for key in (*inputs, *targets):
             store.drop(key)

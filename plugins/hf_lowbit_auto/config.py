@@ -10,6 +10,7 @@ from hf_lowbit.formats.spec import GroupSize
 
 _EFFORTS = ("fast", "best")
 _FORMATS = ("int", "lloyd")
+_FEW_BITS = 2.5  # with fewer most layers have two, where SignRound gains most
 
 
 @dataclass(kw_only=True, repr=False)
@@ -19,7 +20,8 @@ class AutoLowbitConfig(LowbitConfig):
     Attributes:
         bits_per_weight: the most that may be stored for the quantized layers, scales included: an integer program gives
             every layer its bits. None: ``bits`` everywhere.
-        effort: "fast": GPTQ on a rotated model; "best": SignRound from GPTQ's codes, minutes more.
+        effort: "fast": GPTQ on a rotated model; "best": SignRound from GPTQ's codes, minutes more; None: "best" where
+            fewer than 2.5 bits per weight are asked for, "fast" otherwise.
         iterations: of SignRound, per block.
         rotate: rotate the residual stream first; None: with GPTQ, which gains by it. SignRound did not.
         formats: what a layer of 2 to 4 bits may become, by the least error weighted with its inputs: "int", or "lloyd",
@@ -33,8 +35,8 @@ class AutoLowbitConfig(LowbitConfig):
 
     group_size: GroupSize = 64
     bits_per_weight: float | None = None
-    effort: str = "fast"
-    iterations: int = 50
+    effort: str | None = None
+    iterations: int = 32
     rotate: bool | None = None
     formats: list[str] = field(default_factory=lambda: list(_FORMATS))
     candidates: list[int] = field(default_factory=lambda: [2, 3, 4, 8])
@@ -48,8 +50,8 @@ class AutoLowbitConfig(LowbitConfig):
         budget = self.bits_per_weight
         if budget is not None and (type(budget) not in (int, float) or not 1 <= budget <= 16):
             raise ConfigError(f"AutoLowbitConfig: bits_per_weight must lie between 1 and 16, not {budget!r}")
-        if self.effort not in _EFFORTS:
-            raise ConfigError(f"AutoLowbitConfig: effort must be 'fast' or 'best', not {self.effort!r}")
+        if self.effort is not None and self.effort not in _EFFORTS:
+            raise ConfigError(f"AutoLowbitConfig: effort must be 'fast', 'best' or None, not {self.effort!r}")
         if type(self.iterations) is not int or self.iterations < 1:
             raise ConfigError(f"AutoLowbitConfig: iterations must be a positive integer, not {self.iterations!r}")
         if self.rotate is not None and type(self.rotate) is not bool:
@@ -61,6 +63,14 @@ class AutoLowbitConfig(LowbitConfig):
             setattr(self, name, list(given))
 
     @property
+    def trains_blocks(self) -> bool:
+        """Whether blocks are trained by SignRound, not only rounded by GPTQ."""
+        if self.effort is not None:
+            return self.effort == "best"
+        asked = self.bits if self.bits_per_weight is None else self.bits_per_weight
+        return asked is not None and asked < _FEW_BITS
+
+    @property
     def rotates(self) -> bool:
         """Whether the model is rotated first."""
-        return self.effort == "fast" if self.rotate is None else self.rotate
+        return not self.trains_blocks if self.rotate is None else self.rotate

@@ -38,13 +38,13 @@ def make_recipe(config: AutoLowbitConfig) -> Recipe:
         return gptq(matrix.weight, choose(matrix, hessian), hessian, grid_fit=fit_clipped)
 
     def calibrate(block: Block) -> None:
-        if config.effort == "best":
+        if config.trains_blocks:
             training = Training(config.iterations, 0.5 / config.iterations, mixed_precision=True)
             sign_round(block, training, choose=choose)
         else:
             round_second_order(block, rounding)
 
-    return Recipe(calibrate=calibrate, prepare=prepare, targets=config.effort == "best")
+    return Recipe(calibrate=calibrate, prepare=prepare, targets=config.trains_blocks)
 
 
 def choose_bits(model: nn.Module, config: AutoLowbitConfig, batches: Sequence[dict[str, Any]]) -> str:
@@ -67,12 +67,10 @@ def choose_bits(model: nn.Module, config: AutoLowbitConfig, batches: Sequence[di
 
 
 def _explained(config: AutoLowbitConfig) -> list[str]:
-    how = {
-        "fast": "auto: weights are rounded by GPTQ on searched grids",
-        "best": f"auto: weights are rounded by SignRound, {config.iterations} iterations from GPTQ's codes",
-    }
+    trained, rounded = f"SignRound, {config.iterations} iterations from GPTQ's codes", "GPTQ on searched grids"
+    how = f"auto: weights are rounded by {trained if config.trains_blocks else rounded}"
     formats = " or ".join(config.formats)
-    lines = [f"{how[config.effort]}; layers of 2 to 4 bits take {formats}, what loses less on their inputs"]
+    lines = [f"{how}; layers of 2 to 4 bits take {formats}, what loses less on their inputs"]
     if config.low_rank is None:
         lines.append("auto: no low-rank branch: bits of codes bought more where it was measured; low_rank adds one")
     return lines

@@ -28,6 +28,8 @@ class NUPESConfig(LowbitConfig):
             1 / iterations in runs of fewer than 1,000 steps, so that their codes can cross one too [ours].
         regularization: lambda, the weight of the penalty on undecided codes beside the error of the block's output,
             which is summed over channels.
+        learn_scale: of ``learn``, whether the magnitude of each row's last code is trained as well, from that of
+            ``search_clip``; False: it stays.
         search_clip: of ``learn``, rows start from ranges with the least sum of |w - w_hat|^2.4 [ours]; False: from
             their largest magnitude.
     """
@@ -41,6 +43,7 @@ class NUPESConfig(LowbitConfig):
     iterations: int = 2500
     learning_rate: float | None = None
     regularization: float = 0.01
+    learn_scale: bool = True
     search_clip: bool = True
 
     def __post_init__(self) -> None:
@@ -50,7 +53,7 @@ class NUPESConfig(LowbitConfig):
                 "single layers can have another one (overrides)"
             )
         super().__post_init__()
-        for name in ("learn", "search_clip"):
+        for name in ("learn", "learn_scale", "search_clip"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"NUPESConfig: {name} must be True or False, not {getattr(self, name)!r}")
         if self.learn and not self.symmetric:

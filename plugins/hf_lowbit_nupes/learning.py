@@ -37,7 +37,8 @@ def learn(block: Block, config: NUPESConfig) -> None:
             if tokens.get(part.key):
                 learned[part.key] = WholeSpaceRounding(
                     part.weight, spec, round_with(fit_clipped, part.weight, spec) if config.search_clip else None,
-                    regularization=strength, learn_exponent=part.spec.is_open, partner=leader,
+                    regularization=strength, learn_exponent=part.spec.is_open, learn_scale=config.learn_scale,
+                    partner=leader,
                 )  # fmt: skip
                 leader = leader or learned[part.key]
     if learned:

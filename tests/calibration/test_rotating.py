@@ -14,6 +14,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
+    LlamaConfig,
+    LlamaModel,
     OPTConfig,
     OPTForCausalLM,
     PhiConfig,
@@ -35,13 +37,15 @@ MOE = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediat
 MORE: dict[str, Callable[[], Any]] = {
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES, head_dim=16)),  # gains of 1 + weight
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16)),
+    "headless": lambda: LlamaModel(LlamaConfig(**SIZES)),
     "opt": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=96)),  # norms and layers with biases
     "phi": lambda: PhiForCausalLM(PhiConfig(**SIZES)),  # attention and MLP read one norm
     "qwen2_moe": lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **MOE)),  # experts and one with a gate
 }
 ROTATED = ["llama", "llama_tied", "gpt2", "qwen3_moe", "mamba", "mamba2", "gemma", "opt", "phi", "qwen2_moe"]
+ROTATED += ["whisper"]  # its decoder's
 REFUSED = {
-    "whisper": "the model returns its stream",
+    "headless": "the model returns its stream",
     "unet": "no embedding is called",
     "gemma2": "Gemma2RMSNorm, writes into the stream",
 }

@@ -58,6 +58,22 @@ def test_it_meets_the_budget_and_says_how(effort: str, tmp_path: Path) -> None:
         assert torch.equal(model(data()).logits, again(data()).logits)
 
 
+@pytest.mark.parametrize(
+    ("fields", "trains"),
+    [
+        ({"bits": 2}, True),
+        ({"bits": 4, "bits_per_weight": 2.4}, True),
+        ({"bits": 3}, False),
+        ({"bits": 2, "bits_per_weight": 2.5}, False),
+        ({"bits": 2, "effort": "fast"}, False),
+        ({"bits": 3, "effort": "best"}, True),
+    ],
+)
+def test_few_bits_are_worth_training_blocks(fields: dict[str, Any], trains: bool) -> None:
+    config = auto(**fields)
+    assert config.trains_blocks == trains and config.rotates == (not trains)
+
+
 def test_layers_that_run_together_share_their_bits() -> None:
     model = hf_lowbit.quantize(llama(), auto(bits_per_weight=3.7, tuning=None))
     for block in model.model.layers:

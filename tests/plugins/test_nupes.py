@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hf_lowbit
 import hf_lowbit_nupes.learning
-from hf_lowbit import NUPESConfig
+from hf_lowbit import AdaRoundConfig, NUPESConfig
 from hf_lowbit.calibration.block import Block
 from hf_lowbit.calibration.reconstruct import reconstruct
 from hf_lowbit.config import ConfigError
@@ -69,6 +69,25 @@ def test_learning_beats_the_search_on_held_out_tokens() -> None:
     reference = outlier_llama()
     searched = logit_error(quantized(outlier_llama(), NUPESConfig(bits=3)), reference)
     assert logit_error(quantized(outlier_llama(), NUPESConfig(**W3)), reference) < 0.8 * searched
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_learned_it_loses_less_than_adaround_on_the_same_data(bits: int) -> None:
+    reference = outlier_llama()
+    fields: dict[str, Any] = {"bits": bits, "iterations": 60}
+    adaround = logit_error(quantized(outlier_llama(), AdaRoundConfig(symmetric=True, **fields)), reference)
+    assert logit_error(quantized(outlier_llama(), NUPESConfig(learn=True, **fields)), reference) < 0.9 * adaround
+
+
+def test_scales_are_learned_unless_they_are_not_to_be() -> None:
+    start, fixed, learned = (
+        quantized(outlier_llama(), NUPESConfig(**{**W3, **fields}))
+        for fields in ({"iterations": 0}, {"learn_scale": False}, {})
+    )
+    for name, module in packed_modules(start).items():
+        scale = module.packed().scale
+        assert torch.equal(packed_modules(fixed)[name].packed().scale, scale)
+        assert not torch.equal(packed_modules(learned)[name].packed().scale, scale)
 
 
 def test_the_learned_exponent_completes_the_spec_of_each_layer() -> None:
@@ -159,6 +178,7 @@ def test_the_usual_rate_lets_short_runs_cross_a_code() -> None:
     [
         ({"symmetric": False, "learn": True}, "learn=True needs symmetric=True"),
         ({"learn": 1}, "learn must be True or False, not 1"),
+        ({"learn_scale": 0}, "learn_scale must be True or False, not 0"),
         ({"search_clip": None}, "search_clip must be True or False, not None"),
         ({"iterations": -1}, "iterations must be an integer of at least 0, not -1"),
         ({"learning_rate": 0}, "learning_rate must be a number above 0, not 0"),

@@ -159,14 +159,24 @@ def test_experts_have_no_transforms_and_are_noted_once() -> None:
 
 
 def test_a_model_that_cannot_be_rotated_gets_transforms_alone() -> None:
+    model = MODELS["gpt2"].build().eval().transformer
+    batch = MODELS["gpt2"].inputs(torch.float32)
+    hf_lowbit.quantize(model, QuaRotConfig(dataset=[batch], num_samples=1))
+    assert any("not rotated: the model returns its stream" in note for note in hf_lowbit.report(model).warnings)
+    specs = {name: module.layer_spec.transform for name, module in packed_modules(model).items()}
+    assert all(isinstance(transform, Hadamard) for transform in specs.values())
+    assert specs["h.0.attn.c_attn"] == specs["h.0.attn.c_proj"] == Hadamard(64)
+
+
+def test_the_decoder_of_whisper_is_rotated_and_its_encoder_transformed() -> None:
     model = MODELS["whisper"].build().eval()
     batch = MODELS["whisper"].inputs(torch.float32)
     hf_lowbit.quantize(model, QuaRotConfig(dataset=[batch], num_samples=1))
-    assert any("not rotated: the model returns its stream" in note for note in hf_lowbit.report(model).warnings)
+    assert any("the residual stream is rotated" in note for note in hf_lowbit.report(model).warnings)
     specs = {name: module.layer_spec.transform for name, module in packed_modules(model).items() if "layers" in name}
-    assert all(isinstance(transform, Hadamard) for transform in specs.values())
-    assert specs["model.decoder.layers.0.self_attn.q_proj"] == Hadamard(64)
-    assert specs["model.decoder.layers.0.self_attn.out_proj"] == Hadamard(4, 16)
+    assert specs["model.decoder.layers.0.self_attn.q_proj"] is None, "folded"
+    assert specs["model.decoder.layers.0.encoder_attn.k_proj"] == Hadamard(64)
+    assert specs["model.encoder.layers.0.self_attn.q_proj"] == Hadamard(64)
 
 
 def test_a_tied_head_is_stored_apart(tmp_path: Path) -> None:

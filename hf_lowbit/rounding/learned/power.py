@@ -1,4 +1,4 @@
-"""Soft power-format values with closed-form gradients for codes and exponent."""
+"""Soft power-format values with closed-form gradients for codes, exponent and scale."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def soft_power(codes: Tensor, exponent: Tensor, scale: Tensor, qmax: int, temper
     Args:
         codes: ``[n, groups, g]`` within -qmax .. qmax.
         exponent: a, a positive scalar.
-        scale: ``[n, groups]``, without gradient.
+        scale: ``[n, groups]``.
         temperature: of the rectified sigmoid that softens rounding; towards 0 it is hard.
     """
     return _SoftPower.apply(codes, exponent, scale, qmax, temperature)
@@ -61,7 +61,8 @@ class _SoftPower(Function):
         below, fraction, scale, values, slopes = ctx.saved_tensors
         scaled = gradient * scale.unsqueeze(-1)
         to_exponent = (_between(slopes, below, fraction) * scaled).sum() if ctx.needs_input_grad[1] else None
-        return scaled * look_up(values.diff(), below), to_exponent, None, None, None
+        to_scale = _between(values, below, fraction).mul_(gradient).sum(-1) if ctx.needs_input_grad[2] else None
+        return scaled.mul_(look_up(values.diff(), below)), to_exponent, to_scale, None, None
 
 
 def _between(values: Tensor, below: Tensor, fraction: Tensor) -> Tensor:

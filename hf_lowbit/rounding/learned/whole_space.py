@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_lowbit.formats import PackedTensor, WeightSpec
 from hf_lowbit.rounding.grid import Grid, RoundingError
 from hf_lowbit.rounding.learned.base import LearnedWeight, positions_of
-from hf_lowbit.rounding.learned.functions import position
+from hf_lowbit.rounding.learned.functions import position, stored
 from hf_lowbit.rounding.learned.levels import Levels
 from hf_lowbit.rounding.learned.power import FIRST_TEMPERATURE, LAST_TEMPERATURE, soft_power
 from hf_lowbit.rounding.learned.soft import beta_at, rounding_penalty
@@ -39,6 +39,7 @@ class WholeSpaceRounding(LearnedWeight):
         *,
         regularization: float = 0.01,
         learn_exponent: bool = True,
+        learn_scale: bool = False,
         partner: WholeSpaceRounding | None = None,
     ) -> None:
         """Args:
@@ -47,6 +48,7 @@ class WholeSpaceRounding(LearnedWeight):
             start: its grid, and u begins inside the cells of its codes.
             regularization: lambda, the factor of the penalty that drives u to integers.
             learn_exponent: False keeps the exponent of the spec, of any size, to the last bit.
+            learn_scale: also learn a factor 2 sigmoid(v) of each m, as :class:`AdaptiveRounding` does.
             partner: a weight whose learned exponent is this one's too, as experts of one stack have it.
 
         Raises:
@@ -73,6 +75,7 @@ class WholeSpaceRounding(LearnedWeight):
             self.exponent_logit = nn.Parameter(torch.logit(torch.tensor(share, device=weight.device)))
         elif learn_exponent and partner is not None:
             self.exponent_logit = partner.exponent_logit
+        self.scale_logits = nn.Parameter(torch.zeros_like(self.base_scale)) if learn_scale else None
         where = position(self.weight, self.base_scale, None, self.levels).clamp_(0, 2 * self.qmax)
         if start is not None:
             codes = positions_of(start, self.levels, self.number_format, self.weight)
@@ -94,14 +97,14 @@ class WholeSpaceRounding(LearnedWeight):
         return replace(self.spec, exponent=float(self.exponent.detach()))
 
     def forward(self) -> Tensor:
-        return self.ungrouped(soft_power(self.codes, self.exponent, self.base_scale, self.qmax, self.temperature))
+        return self.ungrouped(soft_power(self.codes, self.exponent, self._scale(), self.qmax, self.temperature))
 
     def final(self) -> tuple[Tensor, Grid]:
         """As every kind's; also makes the number format that of the learned exponent."""
         self.number_format = self.result_spec.number_format
         self.levels = Levels(self.number_format, self.weight.device)
         index = self.codes.round().clamp(-self.qmax, self.qmax).int() + self.qmax
-        return index, Grid(self.base_scale, self.base_zero_point)
+        return index, Grid(self._scale(), self.base_zero_point)
 
     def regularizer(self, progress: float) -> Tensor:
         beta = beta_at(progress)
@@ -114,9 +117,15 @@ class WholeSpaceRounding(LearnedWeight):
         self.temperature = FIRST_TEMPERATURE * (LAST_TEMPERATURE / FIRST_TEMPERATURE) ** min(1.0, progress)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        groups = [{"params": [self.codes], "lr_scale": 1.0}]
+        scales = [] if self.scale_logits is None else [self.scale_logits]
+        groups = [{"params": [self.codes, *scales], "lr_scale": 1.0}]
         return groups + ([{"params": [self.exponent_logit], "lr_scale": 0.1}] if self.leads else [])
 
     @torch.no_grad()
     def constrain_(self) -> None:
         self.codes.clamp_(-self.qmax, self.qmax)
+
+    def _scale(self) -> Tensor:
+        if self.scale_logits is None:
+            return self.base_scale
+        return stored(2 * self.scale_logits.sigmoid() * self.base_scale, self.spec.scale_dtype)

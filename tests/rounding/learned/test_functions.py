@@ -150,6 +150,21 @@ def test_the_gradient_of_the_exponent(exponent: float) -> None:
     assert a.grad is not None and a.grad.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_the_gradient_of_the_power_format_s_scale() -> None:
+    codes, outer = (gaussian(2, 2, 16) * 3).clamp(-7, 7).double(), gaussian(2, 2, 16, seed=2).double()
+    exponent = torch.tensor(0.6, dtype=torch.float64)
+    scale = gaussian(2, 2, seed=1).abs().double().requires_grad_()
+
+    def loss(values: Tensor) -> Tensor:
+        return (soft_power(codes, exponent, values, 7, 0.1) * outer).sum()
+
+    loss(scale).backward()
+    with torch.no_grad():
+        steps = 1e-6 * torch.eye(4).double().reshape(4, 2, 2)
+        expected = torch.stack([loss(scale + step) - loss(scale - step) for step in steps])
+    assert scale.grad is not None and torch.allclose(scale.grad.flatten(), expected / 2e-6, rtol=1e-6)
+
+
 def test_the_gradient_of_codes_is_the_slope_between_neighbours_and_not_zero_at_zero() -> None:
     exponent = torch.tensor(0.5, dtype=torch.float64)
     codes = torch.tensor([[[0.0, 0.2, -0.3, 3.4, 6.9, -6.9]]], dtype=torch.float64, requires_grad=True)

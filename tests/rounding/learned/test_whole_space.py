@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_lowbit.formats import WeightSpec, decode
+from hf_lowbit.formats.packed import scales
 from hf_lowbit.rounding import RoundingError, round_to_nearest
 from hf_lowbit.rounding.learned import WholeSpaceRounding
 from tests.rounding.learned.toy import (
@@ -61,6 +62,18 @@ def test_codes_cross_several_integers_and_the_error_falls(spec: WeightSpec) -> N
     assert exponent is not None and 0.2 < exponent < 1
     if spec.bits > 2:  # the values of two bits are -1, 0 and 1 whatever the exponent
         assert exponent != pytest.approx(0.7, abs=5e-3)
+
+
+def test_learned_scales_lower_the_error_and_are_what_is_stored() -> None:
+    weight, inputs = layer_weight(), correlated_inputs(256, 64, seed=1)
+    errors = []
+    for learn_scale in (False, True):
+        learned = WholeSpaceRounding(weight, SPECS[-1], regularization=0.1, learn_scale=learn_scale)
+        train(learned, weight, inputs, steps=400, rate=2e-2)
+        errors.append(output_error(weight, learned.hard(), inputs))
+    assert errors[1] < errors[0]
+    assert not torch.equal(scales(learned.pack()), learned.base_scale)
+    assert torch.equal(decode(learned.pack()), learned.hard())
 
 
 def test_annealing_makes_soft_rounding_hard() -> None:
