@@ -2,6 +2,8 @@
 
 from hf_lowbit.kernels.activation import Codes, quantize_tokens, restore_tokens
 from hf_lowbit.kernels.decoding import decode_matrix, look_up_rows
+from hf_lowbit.kernels.eager import is_eager
+from hf_lowbit.kernels.known import Product, known_products
 from hf_lowbit.kernels.linear import packed_linear, packed_linears
 from hf_lowbit.kernels.operand import Operand, quantize_codes
 from hf_lowbit.kernels.products import convolution_of_codes
@@ -15,12 +17,15 @@ __all__ = [
     "NATIVE_TOKENS",
     "Codes",
     "Operand",
+    "Product",
     "Scanned",
     "arithmetic",
     "causal_convolution",
     "convolution_of_codes",
     "decode_matrix",
+    "is_eager",
     "kernel_of",
+    "known_products",
     "look_up_rows",
     "multiplies_integers",
     "packed_linear",

@@ -1,4 +1,4 @@
-"""The one entry to products with packed weights: eager, recorded for gradients, or traced by torch.compile."""
+"""The one entry to products with packed weights: called directly, recorded for gradients, or as an operator."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_lowbit.formats import ActivationSpec, PackedTensor
 from hf_lowbit.kernels import ops
 from hf_lowbit.kernels.autograd import PackedLinearFunction
+from hf_lowbit.kernels.eager import is_eager
 from hf_lowbit.kernels.products import product, products
 
 
@@ -32,7 +33,7 @@ def packed_linear(
         sums: :func:`hf_lowbit.kernels.row_sums` of the weight, where codes have a shift; None computes them.
     """
     x = _cast_as_autocast(x)
-    if torch.compiler.is_compiling():
+    if not is_eager(x):
         return ops.packed_linear(x, packed, activation, backend, input_scale, input_shift, sums)
     if x.requires_grad and torch.is_grad_enabled():
         result: Tensor = PackedLinearFunction.apply(x, packed, activation, backend, input_scale, input_shift, sums)

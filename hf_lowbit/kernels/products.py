@@ -16,6 +16,7 @@ from hf_lowbit.formats.packed import with_plain_scales
 from hf_lowbit.kernels import cpu, triton
 from hf_lowbit.kernels.activation import Codes, quantize_tokens
 from hf_lowbit.kernels.gpu import gpu_product
+from hf_lowbit.kernels.known import known_products
 from hf_lowbit.kernels.reference import reference_gradient, reference_product
 from hf_lowbit.kernels.routes import gpu_runs, multiplies_grid, native, on_gpu, route
 from hf_lowbit.kernels.shifted import shifted_product
@@ -33,16 +34,8 @@ def product(
     sums: Tensor | None = None,
 ) -> Tensor:
     """x ``[..., columns]`` times a packed ``[rows, columns]``: ``[..., rows]`` in x's type."""
-    packed = with_plain_scales(packed)
-    if activation is None:  # the commonest cases by the shortest way: a token takes hundreds of these
-        matrix = native(packed, x.device, x.dtype, backend)
-        tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        if matrix is not None and route(tokens, matrix, None) == "native":
-            (result,) = cpu.linear(tokens, (matrix,))
-            return result if x.dim() == 2 else result.view(*x.shape[:-1], matrix.rows)
-        if (gpu := on_gpu(packed, x.device, x.dtype, backend)) is not None:
-            return gpu_product(tokens, gpu, backend).view(*x.shape[:-1], gpu.rows)
-    elif input_scale is not None and input_shift is None:
+    if activation is not None and input_scale is not None and input_shift is None:  # common: by the shortest way
+        packed = with_plain_scales(packed)
         matrix = native(packed, x.device, x.dtype, backend)
         tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if matrix is not None and packed.columns == x.shape[-1] and route(tokens, matrix, activation) == "int8":
@@ -66,7 +59,12 @@ def products(
     Args:
         input_scale, input_shift: of :func:`hf_lowbit.kernels.quantize_tokens`.
         sums: :func:`hf_lowbit.kernels.row_sums` of each matrix, where inputs have a shift; computed where missing.
+
+    Raises:
+        ValueError: another number of columns.
     """
+    if activation is None and (known := known_products(x, weights, backend)) is not None:
+        return known(x)
     tokens, leading = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     if activation is None:
         results = _products_of_floats(tokens, [with_plain_scales(packed) for packed in weights], backend)
@@ -93,8 +91,7 @@ def products_of_codes(
         ValueError: another number of columns.
     """
     codes, scale, shift = inputs
-    if any(packed.columns != codes.shape[1] for packed in weights):
-        raise ValueError(f"inputs of {codes.shape[1]} columns, and weights of {[packed.columns for packed in weights]}")
+    _check_columns(codes, weights)
     weights = [with_plain_scales(packed) for packed in weights]
     matrices = [native(packed, codes.device, dtype, backend) for packed in weights]
     chosen = [matrix for matrix in matrices if matrix is not None and route(codes, matrix, activation) == "int8"]
@@ -150,7 +147,15 @@ def convolution_of_codes(
     return products_of_codes(inputs._replace(codes=patches), [packed], activation, backend, dtype, [sums])[0]
 
 
+def _check_columns(tokens: Tensor, weights: Sequence[PackedTensor]) -> None:
+    if any(packed.columns != tokens.shape[1] for packed in weights):
+        raise ValueError(
+            f"inputs of {tokens.shape[1]} columns, and weights of {[packed.columns for packed in weights]}"
+        )
+
+
 def _products_of_floats(tokens: Tensor, weights: Sequence[PackedTensor], backend: str | None) -> list[Tensor]:
+    _check_columns(tokens, weights)
     matrices = [native(packed, tokens.device, tokens.dtype, backend) for packed in weights]
     chosen = [matrix for matrix in matrices if matrix is not None and route(tokens, matrix, None) == "native"]
     computed = cpu.linear(tokens, chosen) if chosen else []  # one call for all of them

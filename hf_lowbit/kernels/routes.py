@@ -4,10 +4,10 @@ On an NVIDIA GPU the Triton kernels have their own (see :mod:`hf_lowbit.kernels.
 
 - reference: decode everything with torch, multiply with torch;
 - native: the native kernel, which decodes codes in registers and reads them once per four or eight tokens; where it has
-  a matrix unit, once per 128, and then it takes any number of tokens;
+  a matrix unit or products of bfloat16 pairs, it decodes once for 128 or 256 and takes any number of tokens;
 - tiles: the native kernel decodes some rows into a buffer, torch multiplies: for many tokens;
-- int8: the native kernel for inputs quantized to integers of 8 bits or fewer (those of small floating-point formats
-  take native or tiles, in float32);
+- int8: the native kernel for inputs quantized to integers of 8 bits or fewer, which with AVX-512 decodes once for many,
+  too (inputs of small floating-point formats take native or tiles, in float32);
 - sliced: quantized inputs through torch, group by group: for many tokens where its int8 product is faster; where the
   native kernel has no integers to multiply, or the inputs have other groups than the weight.
 """
@@ -31,8 +31,9 @@ _OF_GPUS = ("triton", "humming")  # the latter leaves most to the former
 NATIVE_TOKENS = 32
 NATIVE_TOKENS_FAST_TYPE = 12
 
-# The most tokens for which the native kernel beats unpacking codes for torch's int8 product, where there is one scale
-# per row and per token: that product is many times faster where the processor has int8 dot products.
+# The most tokens for which the native kernel, where it decodes anew for every four of them, beats unpacking codes for
+# torch's int8 product, where there is one scale per row and per token: that product is many times faster where the
+# processor has int8 dot products.
 INT8_TOKENS = 192
 
 
@@ -43,7 +44,7 @@ def route(x: Tensor, matrix: cpu.Matrix | None, activation: ActivationSpec | Non
     if activation is None:
         is_fast_type = x.dtype != torch.float32 and multiplies_fast(x.dtype)
         most = NATIVE_TOKENS_FAST_TYPE if is_fast_type else NATIVE_TOKENS
-        return "native" if x.shape[0] <= most or cpu.has_matrix_unit(matrix, x.dtype) else "tiles"
+        return "native" if x.shape[0] <= most or cpu.multiplies_many(matrix, x.dtype) else "tiles"
     if not _multiplies_codes(matrix, activation):
         return "sliced"
     return "sliced" if x.shape[0] > INT8_TOKENS and _suits_torch(matrix, activation) else "int8"
@@ -111,7 +112,8 @@ def multiplies_grid(activation: ActivationSpec) -> bool:
 
 def _suits_torch(matrix: cpu.Matrix, activation: ActivationSpec) -> bool:
     one_scale = matrix.struct.groups == 1 and activation.groups(matrix.columns) == 1
-    return one_scale and has_int8_dot() and cpu.instruction_set() != "amx"
+    decodes_anew = cpu.instruction_set() != "amx" and not cpu.multiplies_many(matrix, torch.int8)
+    return one_scale and has_int8_dot() and decodes_anew
 
 
 def why_not(backend: str | None) -> str | None:

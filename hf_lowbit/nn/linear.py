@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from hf_lowbit.nn.base import PackedModule, expect, frozen
 from hf_lowbit.nn.constant_token import CONSTANT_INPUT, CONSTANT_OUTPUT, constant_companions, outputs_of_tokens
+from hf_lowbit.nn.last_product import LastProduct, last_product
 from hf_lowbit.nn.siblings import Siblings
 from hf_lowbit.nn.spec import LayerSpec
 
@@ -33,6 +34,7 @@ class PackedLinear(PackedModule, nn.Linear):
     takes_exact = True
     takes_constant_token = True
     siblings: Siblings | None = None
+    _last: LastProduct | None = None
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec) -> None:
         nn.Module.__init__(self)
@@ -111,7 +113,14 @@ class PackedLinear(PackedModule, nn.Linear):
 
     def coded_product(self, x: Tensor) -> Tensor:
         """Of the codes with what they read of the transformed input."""
-        return self.multiply(x, self.packed())
+        if torch.compiler.is_compiling():
+            return self.multiply(x, self.packed())
+        known = None if self._last is None else self._last.of(self, x)
+        if known is not None:
+            return known
+        y = self.multiply(x, self.packed())
+        self._last = last_product(self, x) or self._last
+        return y
 
     def _product(self, x: Tensor) -> Tensor:
         """Of codes and exact part with the transformed input."""

@@ -3,7 +3,8 @@
 The modules and their parameters stay what they are. The first sibling that is called on an input computes all of them
 in one call of the kernel and keeps the others' results for the moment. Nothing is wrong when that does not hold: a
 sibling called with another input, or changed input, computes its own result, and siblings that turn out not to share
-their input (cross-attention) stop trying. Layers with a transform, an exact part or a constant token compute alone.
+their input (cross-attention) stop trying. Layers with a transform, an exact part or a constant token compute alone; and
+on a GPU, where each is a launch of its own, all do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_lowbit.kernels import packed_linears
+from hf_lowbit.kernels import is_eager, packed_linears
 
 if TYPE_CHECKING:
     from hf_lowbit.nn.linear import PackedLinear
@@ -58,14 +59,13 @@ class Siblings:
             self.active, self._results, self._input = False, {}, None
             return False
         parent = self._parent()
-        members = [] if parent is None else [parent._modules.get(name) for name in self._names]
+        members: list[Any] = [] if parent is None else [parent._modules.get(name) for name in self._names]
         if not members or not all(_is_untouched(member) for member in members):
             return False
-        first: Any = members[0]
-        weights = [member.packed() for member in members if member is not None]  # type: ignore[operator]
-        scales = first.input_scales("weight", x.shape[:-1])
-        sums = [member.row_sums() for member in members if member is not None]  # type: ignore[operator]
-        results = packed_linears(x, weights, first.layer_spec.activation, first.backend, scales[0], scales[1], sums)
+        first = members[0]
+        scale, shift = first.input_scales("weight", x.shape[:-1])
+        weights, sums = [member.packed() for member in members], [member.row_sums() for member in members]
+        results = packed_linears(x, weights, first.layer_spec.activation, first.backend, scale, shift, sums)
         self._input, self._version = x, x._version
         self._results = {id(member): result for member, result in zip(members, results, strict=True)}
         return True
@@ -127,13 +127,13 @@ def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _is_suitable(x: Tensor) -> bool:
-    few = x.numel() <= MOST_TOKENS * x.shape[-1]
-    return few and not x.is_inference() and not (x.requires_grad and torch.is_grad_enabled())
+    few = not x.is_cuda and x.numel() <= MOST_TOKENS * x.shape[-1]
+    return few and not x.is_inference() and not (x.requires_grad and torch.is_grad_enabled()) and is_eager(x)
 
 
 def _is_untouched(module: Any) -> bool:
     """False for what an adapter has wrapped, a hook listens to, or offloading has taken the forward of."""
     if getattr(type(module), "kind", None) != "linear":
         return False
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return not hooks and "forward" not in module.__dict__
+    own = module.__dict__  # of modules it is looked up faster than attributes are
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or "forward" in own)

@@ -8,16 +8,18 @@ from hf_lowbit.kernels.cpu.library import (
     use_instruction_set,
 )
 from hf_lowbit.kernels.cpu.matrix import Matrix, describe
+from hf_lowbit.kernels.cpu.prepared import prepare
 from hf_lowbit.kernels.cpu.products import (
     FLOAT_TYPES,
+    VALUE_TYPES,
     decode_rows,
-    has_matrix_unit,
     linear,
     linear_int8,
     multiplies_in_registers,
     multiplies_int8,
+    multiplies_many,
 )
-from hf_lowbit.kernels.cpu.state_space import VALUE_TYPES, causal_convolution, selective_scan
+from hf_lowbit.kernels.cpu.state_space import causal_convolution, selective_scan
 
 __all__ = [
     "FLOAT_TYPES",
@@ -27,13 +29,14 @@ __all__ = [
     "causal_convolution",
     "decode_rows",
     "describe",
-    "has_matrix_unit",
     "instruction_set",
     "instruction_sets",
     "linear",
     "linear_int8",
     "multiplies_in_registers",
     "multiplies_int8",
+    "multiplies_many",
+    "prepare",
     "selective_scan",
     "unavailable_because",
     "use_instruction_set",

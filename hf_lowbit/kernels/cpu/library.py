@@ -25,7 +25,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "hfl_linear_int8": (_INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER, _INT),
     "hfl_multiplies_int8": (_INT, _POINTER),
     "hfl_multiplies_in_registers": (_INT, _POINTER),
-    "hfl_has_matrix_unit": (_INT, _POINTER, _INT),
+    "hfl_multiplies_many": (_INT, _POINTER, _INT),
     "hfl_decode": (_INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT, _INT),
     "hfl_selective_scan": (_INT, ctypes.c_char_p, _INT),
     "hfl_causal_convolution": (_INT, ctypes.c_char_p, _INT),

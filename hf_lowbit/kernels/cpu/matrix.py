@@ -72,6 +72,8 @@ def describe(packed: PackedTensor) -> Matrix | None:
     weight, scale, zero_point, table = packed.weight, packed.scale, packed.zero_point, packed.table
     if weight.device.type != "cpu" or weight.dim() != 2 or not (weight.is_contiguous() and scale.is_contiguous()):
         return None
+    if zero_point is not None and not zero_point.is_contiguous():
+        return None
     key = (
         weight.data_ptr(),
         scale.data_ptr(),
@@ -84,8 +86,6 @@ def describe(packed: PackedTensor) -> Matrix | None:
     )
     matrix = _described.get(key)
     if matrix is None:
-        if zero_point is not None and not zero_point.is_contiguous():
-            return None
         if len(_described) >= _MOST_DESCRIBED:
             _described.clear()
         matrix = _described[key] = Matrix(packed)

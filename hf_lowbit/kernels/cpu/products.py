@@ -12,6 +12,7 @@ from hf_lowbit.kernels.cpu.library import load
 from hf_lowbit.kernels.cpu.matrix import Matrix
 
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+VALUE_TYPES = {**FLOAT_TYPES, torch.int8: 3}
 
 
 def linear(x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
@@ -70,9 +71,9 @@ def multiplies_in_registers(matrix: Matrix) -> bool:
     return bool(_library().hfl_multiplies_in_registers(matrix.address))
 
 
-def has_matrix_unit(matrix: Matrix, dtype: torch.dtype) -> bool:
-    """Whether :func:`linear` multiplies many inputs of this type by a matrix unit, decoding as it goes."""
-    return bool(_library().hfl_has_matrix_unit(matrix.address, FLOAT_TYPES[dtype]))
+def multiplies_many(matrix: Matrix, dtype: torch.dtype) -> bool:
+    """Whether :func:`linear`, of int8 :func:`linear_int8`, decodes once for many inputs of this type."""
+    return bool(_library().hfl_multiplies_many(matrix.address, VALUE_TYPES[dtype]))
 
 
 def decode_rows(matrix: Matrix, rows: slice | Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -11,10 +11,9 @@ import struct
 import torch
 from torch import Tensor
 
-from hf_lowbit.kernels.cpu.products import _check, _library
+from hf_lowbit.kernels.cpu.products import VALUE_TYPES, _check, _library
 from hf_lowbit.kernels.operand import Convolution, Operand, Recurrence, laid_out, plain_floats
 
-VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _SCAN = struct.Struct("@51q2dq")
 _CONVOLUTION = struct.Struct("@20q")
 _ABSENT = (0, 0, 0, 0, 0, 0)

@@ -3,6 +3,7 @@
 Importing this does not import Triton: that happens when a kernel is first launched.
 """
 
+from hf_lowbit.kernels.triton.compiled import ALIGNMENT
 from hf_lowbit.kernels.triton.device import interpreted, runs_on, unavailable_because
 from hf_lowbit.kernels.triton.matrix import FLOAT_TYPES, Matrix, describe
 from hf_lowbit.kernels.triton.products import (
@@ -12,12 +13,14 @@ from hf_lowbit.kernels.triton.products import (
     linear_gradient,
     linear_of_codes,
     multiplies_codes,
+    prepare,
     quantize_tokens,
     quantizes,
 )
 from hf_lowbit.kernels.triton.state_space import VALUE_TYPES, causal_convolution, selective_scan
 
 __all__ = [
+    "ALIGNMENT",
     "FLOAT_TYPES",
     "VALUE_TYPES",
     "Matrix",
@@ -30,6 +33,7 @@ __all__ = [
     "linear_gradient",
     "linear_of_codes",
     "multiplies_codes",
+    "prepare",
     "quantize_tokens",
     "quantizes",
     "runs_on",

@@ -11,6 +11,10 @@ _MANY_ROWS = 8192  # enough blocks to fill the GPU whatever their shape
 # narrower, the more inputs there are to each byte.
 FUSED_TOKENS = {1: 16, 2: 16, 3: 8, 4: 64, 6: 8, 8: 64}
 
+DIGIT_TOKENS = 2  # as digits in the tensor cores for integers
+SLICE_BYTES = 64  # of a row: a load of 16 bytes for each of four threads
+DIGIT_PARTS = 16  # blocks that a token's digits are computed by
+
 WIDE_ROWS, WIDE_STAGES, WIDE_WARPS = 128, 3, 8  # of the kernel for some hundred tokens
 DECODED_ROWS, DECODED_CODES = 1, 4096
 RESCALED = 2048
@@ -39,13 +43,32 @@ def fused_block(tokens: int, rows: int, bits: int, tiling: Tiling) -> dict[str, 
     return _block(8, 16, 8, 4, 4) if bits == 8 else _block(8, 32, 8, 3, 8)
 
 
-def is_wide(tokens: int, rows: int, units: int) -> bool:
+def has_digits(tokens: int, bits: int, rows: int, row_slices: int, group_slices: int) -> bool:
+    """Whether the kernel for integers is the fastest, and its blocks divide rows and hold groups of so many slices."""
+    many = rows >= _MANY_ROWS
+    if tokens > DIGIT_TOKENS or not (bits == 4 or (bits == 8 and many)) or not (many or tokens == 1):
+        return False
+    shape = digits_block(tokens, rows)
+    whole = rows % shape["ROWS"] == 0 and row_slices % (shape["SLICES"] * shape["BUFFERS"]) == 0
+    return whole and (group_slices == row_slices or shape["SLICES"] % group_slices == 0)
+
+
+def digits_block(tokens: int, rows: int) -> dict[str, int]:
+    """Slices and rows of a block, tiles that are read ahead, and warps."""
+    slices, height, buffers, warps = (
+        (16, 16, 1, 16) if rows < _MANY_ROWS else (8, 32, 1, 4) if tokens == 1 else (4, 32, 2, 4)
+    )
+    return {"SLICES": slices, "ROWS": height, "BUFFERS": buffers, "num_warps": warps}
+
+
+def is_wide(tokens: int, bits: int, rows: int, units: int) -> bool:
     """Whether the kernel for some hundred tokens is the fastest: there have to be blocks for most of the GPU.
 
     Where slices are short, their products wait for each other.
     """
     short = units < 32
-    return 32 < tokens <= (128 if short else 256) and rows // WIDE_ROWS >= (200 if short or tokens <= 64 else 100)
+    least = 200 if short or (tokens <= 64 and bits != 4) else 100
+    return 32 < tokens <= (128 if short else 256) and rows // WIDE_ROWS >= least
 
 
 def wide_tokens(tokens: int) -> int:

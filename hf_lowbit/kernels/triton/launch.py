@@ -1,14 +1,9 @@
-"""Launching the Triton kernels: grids and arguments.
-
-To find out which of its compiled kernels the arguments need takes Triton longer than most products take the GPU. Here
-that is done once for each layout, number of tokens and alignment.
-"""
+"""Launching the Triton kernels of products: grids and arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,58 +11,34 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowbit.kernels.triton import blocks
+from hf_lowbit.kernels.triton.compiled import ALIGNMENT, Bound, Found, Plan, addresses, launch
 from hf_lowbit.kernels.triton.decode import decode_rows, rescale
-from hf_lowbit.kernels.triton.device import interpreted, on_device_of
+from hf_lowbit.kernels.triton.device import interpreted
+from hf_lowbit.kernels.triton.digits import DIGITS, multiply_digits, to_digits
 from hf_lowbit.kernels.triton.fused import fused
 from hf_lowbit.kernels.triton.matrix import Matrix, Tiling
 from hf_lowbit.kernels.triton.quantize import quantize
-from hf_lowbit.kernels.triton.unpack import codes_of_unit, words_of_unit
+from hf_lowbit.kernels.triton.unpack import codes_of_unit, octets, words_of_unit
 from hf_lowbit.kernels.triton.wide import arrange, wide
 
 _SCALES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
-_ALIGNMENT = 16
 _ARRANGED = 256  # chunks of a block
-_MOST_FOUND = 1 << 12  # launches that are remembered
-
-
-class _Plan(NamedTuple):
-    """What a launch takes besides tensors, which come first."""
-
-    grid: tuple[int, int, int]
-    numbers: tuple[float, ...]
-    constants: dict[str, Any]
-
-
-_found: dict[Any, tuple[Any, tuple[int, int, int], tuple[Any, ...]]] = {}  # compiled, grid, arguments after tensors
-
-
-def _launch(kernel: Any, key: tuple[Any, ...], tensors: tuple[Tensor | None, ...], plan: Callable[[], _Plan]) -> None:
-    """Launch by plan. It is asked where no launch before had the key, the device, and tensors of the same alignment."""
-    first = tensors[0]
-    assert first is not None
-    with on_device_of(first):
-        key = (
-            kernel,
-            first.device,
-            *key,
-            *[part if part is None else part.data_ptr() % _ALIGNMENT for part in tensors],
-        )
-        if (found := _found.get(key)) is not None:
-            compiled, grid, others = found
-            compiled[grid](*tensors, *others)
-            return
-        grid, numbers, constants = plan()
-        arguments = (*tensors, *numbers)
-        compiled = kernel[grid](*arguments, **constants)
-        if len(_found) >= _MOST_FOUND:
-            _found.clear()
-        if compiled is not None:  # the interpreter compiles nothing
-            names = kernel.arg_names[len(arguments) :]
-            _found[key] = compiled, grid, (*numbers, *(constants[name] for name in names))
 
 
 def launch_fused(x: Tensor, matrix: Matrix, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x ``[tokens, columns]`` of a 16-bit type to ``[tokens, rows]`` in ``dtype``, times ``x_scale`` ``[tokens]``."""
+    return _launch_fused(x, matrix, x_scale, dtype)[0]
+
+
+def bind_fused(x: Tensor, matrix: Matrix) -> Bound | None:
+    """The launch of :func:`launch_fused` for x, which it makes; None in the interpreter."""
+    _, found, tensors = _launch_fused(x, matrix, None, x.dtype)
+    return None if found is None else Bound(((found, addresses(tensors[1:-1])),), tensors[4:6])
+
+
+def _launch_fused(
+    x: Tensor, matrix: Matrix, x_scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Found | None, tuple[Tensor | None, ...]]:
     layout, packed = matrix.layout, matrix.packed
     tiling = layout.tiling if x_scale is None else layout.exact_tiling
     assert tiling is not None
@@ -78,12 +49,12 @@ def launch_fused(x: Tensor, matrix: Matrix, x_scale: Tensor | None, dtype: torch
         x, packed.weight, packed.scale, packed.zero_point, None if instructions else matrix.table(x.dtype),
         matrix.table(torch.float32) if layout.zero_kind == 2 and layout.offset is None else None, x_scale, out,
     )  # fmt: skip
-    key = (layout, *out.shape, packed.scale.shape[0], dtype)
-    _launch(fused, key, tensors, lambda: _fused_plan(x, matrix, tiling, instructions, x_scale is not None))
-    return out
+    key = (layout, *out.shape, packed.scale.shape[0])
+    plan = lambda: _fused_plan(x, matrix, tiling, instructions, x_scale is not None)  # noqa: E731
+    return out, launch(fused, key, tensors, plan, x), tensors
 
 
-def _fused_plan(x: Tensor, matrix: Matrix, tiling: Tiling, instructions: str | None, has_x_scale: bool) -> _Plan:
+def _fused_plan(x: Tensor, matrix: Matrix, tiling: Tiling, instructions: str | None, has_x_scale: bool) -> Plan:
     layout, packed, unpacking = matrix.layout, matrix.packed, matrix.layout.unpacking
     tokens, rows, bits = x.shape[0], matrix.rows, packed.spec.bits
     shape = blocks.fused_block(tokens, rows, bits, tiling)
@@ -102,7 +73,57 @@ def _fused_plan(x: Tensor, matrix: Matrix, tiling: Tiling, instructions: str | N
         "WHOLE": units % (shape["SLICES"] * tiling.units) == 0, "SINGLE": tokens == 1, "UNITS": tiling.units,
         **shape, **_dependence(x.device),
     }  # fmt: skip
-    return _Plan((triton.cdiv(rows, shape["ROWS"]), triton.cdiv(tokens, shape["TOKENS"]), 1), numbers, constants)
+    return Plan((triton.cdiv(rows, shape["ROWS"]), triton.cdiv(tokens, shape["TOKENS"]), 1), numbers, constants)
+
+
+def launch_digits(x: Tensor, matrix: Matrix) -> Tensor:
+    """x ``[tokens, columns]`` of a 16-bit type, one or two tokens, to ``[tokens, rows]`` in its type."""
+    return _launch_digits(x, matrix)[0]
+
+
+def bind_digits(x: Tensor, matrix: Matrix) -> Bound | None:
+    """The launches of :func:`launch_digits` for x, which it makes; None in the interpreter."""
+    _, first, second, between = _launch_digits(x, matrix)
+    if first is None or second is None:
+        return None
+    return Bound(((first, ()), (second, addresses((matrix.packed.weight, matrix.packed.scale)))), (), between)
+
+
+def _launch_digits(x: Tensor, matrix: Matrix) -> tuple[Tensor, Found | None, Found | None, int]:
+    layout, packed, bits = matrix.layout, matrix.packed, matrix.packed.spec.bits
+    x = _aligned(x)
+    (tokens, columns), rows, pieces = x.shape, matrix.rows, 8 // bits
+    row, groups, slice = columns // pieces, packed.scale.shape[1], blocks.SLICE_BYTES
+    between = tokens * (DIGITS.value * columns + torch.float32.itemsize)
+    digits = torch.empty(between, dtype=torch.int8, device=x.device)
+    out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+
+    def plan_digits() -> Plan:
+        part = triton.next_power_of_2(triton.cdiv(row, blocks.DIGIT_PARTS))
+        constants = {
+            "PIECES": pieces, "ALL": triton.next_power_of_2(columns), "PART": part, "TOKENS": tokens, "num_warps": 8,
+            **_dependence(x.device),
+        }  # fmt: skip
+        return Plan((tokens, triton.cdiv(row, part), 1), (columns,), constants)
+
+    def plan_product() -> Plan:
+        shape = blocks.digits_block(tokens, rows)
+        operands = ",".join(["=r"] * pieces + ["r"])
+        constants = {
+            "ROW": row, "GROUPS": groups, "BITS": bits, "HOW": None if interpreted() else (octets(bits), operands),
+            "SCALE": _SCALES[packed.spec.scale_dtype],
+            "GROUP_SLICES": row // groups // slice, "TOKENS": tokens, "UNITS": slice, **shape, **_dependence(x.device),
+        }  # fmt: skip
+        return Plan((rows // shape["ROWS"], 1, 1), (rows,), constants)
+
+    key = (layout, *out.shape)
+    first = launch(to_digits, key, (x, digits), plan_digits, x)
+    return (
+        out,
+        first,
+        launch(multiply_digits, key, (digits, packed.weight, packed.scale, out), plan_product, x),
+        between,
+    )
 
 
 def launch_wide(x: Tensor, matrix: Matrix) -> Tensor:
@@ -114,11 +135,11 @@ def launch_wide(x: Tensor, matrix: Matrix) -> Tensor:
     arranged = torch.empty(count, tokens, chunks, dtype=x.dtype, device=x.device)
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
 
-    def plan_arrange() -> _Plan:
+    def plan_arrange() -> Plan:
         constants = {"COUNT": count, "BLOCK": _ARRANGED, **_dependence(x.device)}
-        return _Plan((tokens, triton.cdiv(chunks, _ARRANGED), 1), (tokens, chunks), constants)
+        return Plan((tokens, triton.cdiv(chunks, _ARRANGED), 1), (tokens, chunks), constants)
 
-    def plan_wide() -> _Plan:
+    def plan_wide() -> Plan:
         assert layout.tiling is not None
         of_block = blocks.wide_tokens(tokens)
         constants = {
@@ -127,11 +148,11 @@ def launch_wide(x: Tensor, matrix: Matrix) -> Tensor:
             "TOKENS": of_block, "STAGES": blocks.WIDE_STAGES, "num_warps": blocks.WIDE_WARPS, **_dependence(x.device),
         }  # fmt: skip
         numbers = (tokens, rows, chunks, packed.weight.shape[1], packed.scale.shape[1])
-        return _Plan((triton.cdiv(rows, blocks.WIDE_ROWS), triton.cdiv(tokens, of_block), 1), numbers, constants)
+        return Plan((triton.cdiv(rows, blocks.WIDE_ROWS), triton.cdiv(tokens, of_block), 1), numbers, constants)
 
     table = None if layout.scaled else matrix.table(x.dtype)
-    _launch(arrange, key, (x, arranged), plan_arrange)
-    _launch(wide, key, (arranged, packed.weight, packed.scale, table, out), plan_wide)
+    launch(arrange, key, (x, arranged), plan_arrange, x)
+    launch(wide, key, (arranged, packed.weight, packed.scale, table, out), plan_wide, x)
     return out
 
 
@@ -147,7 +168,7 @@ def launch_decode(
     layout, packed, spec = matrix.layout, matrix.packed, matrix.packed.spec
     offset = layout.offset if table is None else None
 
-    def plan() -> _Plan:
+    def plan() -> Plan:
         rows, groups, base3 = out.shape[0], packed.scale.shape[1], spec.packing == "base3"
         codes = 5 if base3 else 32 // spec.bits if 32 % spec.bits == 0 else 8 if spec.bits == 3 else 4
         units = triton.next_power_of_2(max(1, min(blocks.DECODED_CODES, matrix.columns) // codes))
@@ -162,11 +183,11 @@ def launch_decode(
             "ROWS": blocks.DECODED_ROWS, "UNITS": units,
         }  # fmt: skip
         grid = (triton.cdiv(rows, blocks.DECODED_ROWS), triton.cdiv(matrix.columns, units * codes), 1)
-        return _Plan(grid, numbers, constants)
+        return Plan(grid, numbers, constants)
 
     values = matrix.table(torch.float32) if table is None and offset is None else table
-    key = (layout, first, out.shape[0], matrix.rows, packed.scale.shape[0], out.dtype, table is None, scaled)
-    _launch(decode_rows, key, (packed.weight, packed.scale, packed.zero_point, values, index, out), plan)
+    key = (layout, first, out.shape[0], matrix.rows, packed.scale.shape[0], table is None, scaled)
+    launch(decode_rows, key, (packed.weight, packed.scale, packed.zero_point, values, index, out), plan, out)
 
 
 def launch_quantize(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -175,25 +196,24 @@ def launch_quantize(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[0], 1, device=x.device)
     block = triton.next_power_of_2(x.shape[1])
-    with on_device_of(x):
-        quantize[x.shape[0],](
-            x, codes, scale, x.shape[1], x.stride(0), limit, BLOCK=block, num_warps=min(8, max(1, block // 512))
-        )
+    constants = {"BLOCK": block, "num_warps": min(8, max(1, block // 512))}
+    arguments = (x, codes, scale, x.shape[1], x.stride(0), float(limit))
+    launch(quantize, (*x.shape,), arguments, lambda: Plan((x.shape[0], 1, 1), (), constants), x)
     return codes, scale
 
 
 def launch_rescale(sums: Tensor, token_scale: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """int32 sums ``[m, rows]`` times float32 scales ``[m, 1]`` and ``[rows, 1]``, in ``dtype``, in one pass."""
     out = torch.empty(sums.shape, dtype=dtype, device=sums.device)
-    grid = (sums.shape[0], triton.cdiv(sums.shape[1], blocks.RESCALED))
-    with on_device_of(out):
-        rescale[grid](sums, token_scale.contiguous(), row_scale.contiguous(), out, sums.shape[1], BLOCK=blocks.RESCALED)
+    grid = (sums.shape[0], triton.cdiv(sums.shape[1], blocks.RESCALED), 1)
+    arguments = (sums, token_scale.contiguous(), row_scale.contiguous(), out)
+    launch(rescale, grid, arguments, lambda: Plan(grid, (sums.shape[1],), {"BLOCK": blocks.RESCALED}), out)
     return out
 
 
 def _aligned(x: Tensor) -> Tensor:
     """Contiguous, and where vectors of it can be loaded."""
-    return x.clone(memory_format=torch.contiguous_format) if not x.is_contiguous() or x.data_ptr() % _ALIGNMENT else x
+    return x.clone(memory_format=torch.contiguous_format) if not x.is_contiguous() or x.data_ptr() % ALIGNMENT else x
 
 
 def _zero_words(matrix: Matrix) -> int:

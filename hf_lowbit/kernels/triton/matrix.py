@@ -15,7 +15,7 @@ from hf_lowbit.kernels.triton.device import interpreted, runs_on
 from hf_lowbit.kernels.triton.unpack import TABLE, Unpacking, codes_of_unit, scaled, unpacking, words_of_unit
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HALF_TYPES = (torch.bfloat16, torch.float16)
+HALF_TYPES = (torch.bfloat16, torch.float16)
 _SLICE_UNITS = 16  # the shortest side of a product in the tensor cores
 _WIDTHS = (1, 2, 3, 4, 6, 8)
 _MOST_PARTS = 2  # one after another, the other's inputs zeros
@@ -87,7 +87,7 @@ def describe(packed: PackedTensor, dtype: torch.dtype) -> Matrix | None:
 def _layout(spec: WeightSpec, columns: int, dtype: torch.dtype) -> Layout:
     table = torch.zeros(1) if spec.has_fitted_table else spec.number_format.table
     table = table[torch.isfinite(table)]
-    fits = dtype in _HALF_TYPES and float(table.abs().max()) <= torch.finfo(dtype).max
+    fits = dtype in HALF_TYPES and float(table.abs().max()) <= torch.finfo(dtype).max
     exact_tiling = _tiling(spec, columns, dtype, False) if fits else None
     tiling = _tiling(spec, columns, dtype, True) if fits else None
     how, with_scales = _instructions(spec, dtype) if tiling is not None and not interpreted() else (TABLE, None)

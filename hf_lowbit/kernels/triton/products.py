@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from hf_lowbit.formats import ActivationSpec
 from hf_lowbit.formats.packed import from_bits
 from hf_lowbit.formats.spec import SCALE_DTYPES
-from hf_lowbit.kernels.triton.blocks import FUSED_TOKENS, is_wide
+from hf_lowbit.kernels.triton.blocks import DIGIT_TOKENS, FUSED_TOKENS, SLICE_BYTES, has_digits, is_wide
 from hf_lowbit.kernels.triton.device import interpreted
-from hf_lowbit.kernels.triton.matrix import FLOAT_TYPES, Matrix
+from hf_lowbit.kernels.triton.matrix import FLOAT_TYPES, HALF_TYPES, Matrix
 from hf_lowbit.kernels.triton.unpack import CHUNK_BITS
 
 _TILE_ROWS = 4096  # decoded at a time in forward: fewer, and products are slower; more, and they leave the cache
@@ -39,6 +39,10 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
         from hf_lowbit.kernels.triton.launch import launch_wide
 
         return launch_wide(x, matrix)
+    if suits_digits(x, matrix):
+        from hf_lowbit.kernels.triton.launch import launch_digits
+
+        return launch_digits(x, matrix)
     if is_fused(matrix) and x.shape[0] <= _most_fused(matrix):
         from hf_lowbit.kernels.triton.launch import launch_fused
 
@@ -51,11 +55,46 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
     return result
 
 
+def prepare(x: Tensor, matrix: Matrix) -> Callable[[Tensor, Tensor], None] | None:
+    """f(x, out), which launches what :func:`linear` does for x ``[m, columns]``, on others of the same shape and type.
+
+    Their data have to be aligned to 16 bytes and contiguous, ``out`` ``[m, rows]`` likewise. The addresses of the
+    weights are kept, not the weights. x is multiplied once on the way.
+
+    Returns:
+        None where rows are decoded first, for middling numbers of tokens, and in the interpreter.
+    """
+    if not x.shape[0] or suits_wide(x, matrix):
+        return None
+    from hf_lowbit.kernels.triton.launch import bind_digits, bind_fused
+
+    if suits_digits(x, matrix):
+        return bind_digits(x, matrix)
+    if is_fused(matrix) and x.shape[0] <= _most_fused(matrix):
+        return bind_fused(x, matrix)
+    return None
+
+
+def suits_digits(x: Tensor, matrix: Matrix) -> bool:
+    """Whether x has so few tokens, and the matrix integers, groups and a size, that integers are multiplied."""
+    if x.shape[0] > DIGIT_TOKENS or x.dtype not in HALF_TYPES:
+        return False
+    packed = matrix.packed
+    spec, groups = packed.spec, packed.scale.shape[1]
+    is_plain = spec.format == "int" and spec.symmetric and spec.packing == "dense" and packed.table is None
+    if not is_plain or packed.scale.shape[0] != matrix.rows or matrix.columns > _MOST_COLUMNS:
+        return False
+    slices, rest = divmod(matrix.columns * spec.bits, 8 * SLICE_BYTES)
+    if rest or slices % groups or not has_digits(x.shape[0], spec.bits, matrix.rows, slices, slices // groups):
+        return False
+    return interpreted() or _is_hopper(x)
+
+
 def suits_wide(x: Tensor, matrix: Matrix) -> bool:
     """Whether x has the number of tokens, and the matrix the layout and the size, for the kernel between the others."""
     layout, packed = matrix.layout, matrix.packed
     tiling, spec = layout.tiling, packed.spec
-    if tiling is None or tiling.parts > 1 or not is_wide(x.shape[0], matrix.rows, tiling.units):
+    if tiling is None or tiling.parts > 1 or not is_wide(x.shape[0], spec.bits, matrix.rows, tiling.units):
         return False
     scales = spec.symmetric and SCALE_DTYPES[spec.scale_dtype] == x.dtype and packed.scale.shape[0] == matrix.rows
     whole = spec.bits in (2, 4, 8) and matrix.columns * spec.bits % (CHUNK_BITS * tiling.units) == 0

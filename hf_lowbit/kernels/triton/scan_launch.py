@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.kernels.operand import Convolution, Laid, Recurrence, laid_out, plain_floats
+from hf_lowbit.kernels.triton.compiled import Grid, Plan, launch
 from hf_lowbit.kernels.triton.convolution import convolve
-from hf_lowbit.kernels.triton.device import on_device_of
 from hf_lowbit.kernels.triton.scan import chain_states, scan_tokens
 from hf_lowbit.kernels.triton.scan_chunks import chunk_outputs, chunk_states
-from hf_lowbit.kernels.triton.scan_compiled import launch
 from hf_lowbit.kernels.triton.state_space import SEGMENT
 
 # As they measured best on an H200; benchmarks/scan.py --device cuda times them.
@@ -58,11 +57,10 @@ def launch_scan(given: Recurrence, after: Tensor | None, y: Tensor, peaks_every:
     D, dt_bias = (None if p is None else plain_floats(p) for p in (given.D, given.dt_bias))
     z = _ABSENT if given.z is None else laid_out(given.z)
     scan = Scan(x, dt, A, B, C, D, z, dt_bias, *given.dt_limit)
-    with on_device_of(y):
-        if peaks_every is None and _suits_products(given):
-            _scan_in_chunks(scan, given, after, y)
-            return None
-        return _scan_by_tokens(scan, given, after, y, peaks_every)
+    if peaks_every is None and _suits_products(given):
+        _scan_in_chunks(scan, given, after, y)
+        return None
+    return _scan_by_tokens(scan, given, after, y, peaks_every)
 
 
 def _scan_by_tokens(
@@ -87,13 +85,13 @@ def _scan_by_tokens(
     grid = groups * blocks, segments, batch
     out, scale = (y, y.stride(0)), _state_scale(given)
     if segments == 1:
-        launch(scan_tokens, grid, (*scan, given.state, after, scale, None, *out, peaks, *sizes), constants, 1)
+        _launch(scan_tokens, grid, (*scan, given.state, after, scale, None, *out, peaks, *sizes), constants, y, 1)
         return peaks
     between = torch.empty(batch, segments, channels, n, device=y.device)
     sums = torch.empty(batch, segments, heads, device=y.device)
-    launch(scan_tokens, grid, (*scan, None, between, None, sums, None, 0, None, *sizes), constants, 1)
+    _launch(scan_tokens, grid, (*scan, None, between, None, sums, None, 0, None, *sizes), constants, y, 1)
     _chain(scan, given, after, between, sums)
-    launch(scan_tokens, grid, (*scan, between, None, None, None, *out, peaks, *sizes), constants, 1)
+    _launch(scan_tokens, grid, (*scan, between, None, None, None, *out, peaks, *sizes), constants, y, 1)
     return peaks
 
 
@@ -113,9 +111,9 @@ def _scan_in_chunks(scan: Scan, given: Recurrence, after: Tensor | None, y: Tens
     }  # fmt: skip
     x, dt, A, B, _, _, _, *steps = scan
     grid = heads, chunks, batch
-    launch(chunk_states, grid, (x, dt, A, B, *steps, between, sums, *sizes), constants, _CHUNK_WARPS)
+    _launch(chunk_states, grid, (x, dt, A, B, *steps, between, sums, *sizes), constants, y, _CHUNK_WARPS)
     _chain(scan, given, after, between, sums)
-    launch(chunk_outputs, grid, (*scan, between, y, y.stride(0), *sizes), constants, _CHUNK_WARPS)
+    _launch(chunk_outputs, grid, (*scan, between, y, y.stride(0), *sizes), constants, y, _CHUNK_WARPS)
 
 
 def _chain(scan: Scan, given: Recurrence, after: Tensor | None, between: Tensor, sums: Tensor) -> None:
@@ -125,7 +123,7 @@ def _chain(scan: Scan, given: Recurrence, after: Tensor | None, between: Tensor,
     sizes = segments, channels, channels // sums.shape[2], n
     arguments = scan.A, given.state, after, _state_scale(given), between, sums, *sizes
     constants = {"OWN": scan.A.dim() == 2, "CHANNELS": block, "STATES": states}
-    launch(chain_states, (_parts(channels, block), batch, 1), arguments, constants)
+    _launch(chain_states, (_parts(channels, block), batch, 1), arguments, constants, between)
 
 
 def launch_convolution(given: Convolution, update: bool, y: Tensor) -> None:
@@ -145,8 +143,15 @@ def launch_convolution(given: Convolution, update: bool, y: Tensor) -> None:
     constants = {
         "TAPS": taps, "SLOTS": slots, "SILU": silu, "UPDATE": update, "TOKENS": height, "CHANNELS": width
     }  # fmt: skip
-    with on_device_of(y):
-        launch(convolve, grid, arguments, constants)
+    _launch(convolve, grid, arguments, constants, y)
+
+
+def _launch(
+    kernel: Any, grid: Grid, arguments: tuple[Any, ...], constants: dict[str, Any], on: Tensor, warps: int = 4
+) -> None:
+    """On the device of a tensor; the kernel's last parameters are ``constants``, in their order."""
+    key = grid, warps, *constants.values()
+    launch(kernel, key, arguments, lambda: Plan(grid, (), {**constants, "num_warps": warps}), on)
 
 
 def _suits_products(given: Recurrence) -> bool:

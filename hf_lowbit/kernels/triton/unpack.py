@@ -76,6 +76,18 @@ def unpacking(spec: WeightSpec, dtype: torch.dtype) -> Unpacking:
     return Unpacking(_block([_look_up(table.to(dtype))])) if bits == 4 else TABLE
 
 
+def octets(bits: int) -> str:
+    """Instructions for integers of 2, 4 or 8 bits, less 2^(bits - 1) and times 2^(8 - bits), in a byte each.
+
+    The first codes of the bytes of a word are ``$0``, and so on; the operand after them is the word.
+    """
+    count, mask = 8 // bits, hex(0x01010101 * (256 - (1 << (8 - bits))))
+    lines = [
+        f"shl.b32 t, ${count}, {8 - bits * (i + 1)}; lop3.b32 ${i}, t, {mask}, 0x80808080, 0x6A;" for i in range(count)
+    ]
+    return _block(lines)
+
+
 def scaled(how: Unpacking, count: int, operand: int, dtype: torch.dtype) -> str | None:
     """Instructions that also multiply by a pair of scales, the given operand: rounded once, as decoded rows are.
 

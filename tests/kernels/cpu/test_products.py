@@ -13,8 +13,8 @@ from tests.kernels.cpu.matrices import FORMATS, random_packed
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 GROUPS = (None, "tensor", 24, 32, 64, 96)
-# (rows, columns): one row; columns that end within a block, a lane and a word
-SHAPES = ((1, 192), (33, 576), (7, 101))
+# (rows, columns): one row; columns that end within a block, a lane and a word; several panels of rows
+SHAPES = ((1, 192), (33, 576), (7, 101), (113, 192))
 
 
 def relative(y: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> float:
@@ -43,7 +43,7 @@ def test_equals_the_reference(name: str, group_size: int | str | None, instructi
         assert matrix is not None
         for dtype, tolerance in TOLERANCE.items():
             assert torch.equal(cpu.decode_rows(matrix, slice(None), dtype), decode(packed, dtype))
-            many = (16, 65, 130) if cpu.has_matrix_unit(matrix, dtype) else ()
+            many = (16, 65, 130, 259) if cpu.multiplies_many(matrix, dtype) else ()
             for tokens in (1, 2, 5, 8, 13, *many):
                 x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
                 x = (x / 128).to(dtype)  # sums of e5m2 values must fit float16
@@ -55,7 +55,7 @@ def test_equals_the_reference(name: str, group_size: int | str | None, instructi
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("group_size", (None, 32, 64, 96))
 def test_integer_sums_are_exact(name: str, group_size: int | None, instruction_set: str) -> None:
-    packed = random_packed(19, 576, group_size=group_size, **FORMATS[name])
+    packed = random_packed(65, 1088 if group_size is None else 576, group_size=group_size, **FORMATS[name])
     matrix = cpu.describe(packed)
     assert matrix is not None
     spec = packed.spec
@@ -64,8 +64,9 @@ def test_integer_sums_are_exact(name: str, group_size: int | None, instruction_s
     assert cpu.multiplies_int8(matrix) == (integers and whole_bytes)
     if not cpu.multiplies_int8(matrix):
         return
-    for tokens in (6, 70, 150):  # in one pass, in one of many, in several
-        codes = torch.randint(-127, 128, (tokens, 576), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    for tokens in (6, 70, 150, 259):  # in one pass, in one of many, in several
+        shape = (tokens, packed.columns)
+        codes = torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(1))
         scale = torch.rand(tokens, 1) + 0.5
         (y,) = cpu.linear_int8(codes, scale, [matrix], torch.float32)
         assert relative(y, exact_product(codes.double() * scale.double(), packed)) < 2e-6

@@ -29,3 +29,20 @@ def test_compiled_whole_it_is_the_same() -> None:
     packed, x = moved(random_packed(64, 256, bits=4, group_size=64)), inputs(3, 256).bfloat16()
     compiled = torch.compile(lambda x: packed_linear(x, packed) + 1, fullgraph=True)
     torch.testing.assert_close(compiled(x), packed_linear(x, packed) + 1)
+
+
+@pytest.mark.parametrize(
+    "fields", ({"group_size": 128}, {"group_size": 64}, {"group_size": 64, "format": "nf"}), ids=str
+)
+def test_prepared_launches_repeat_the_product(fields: dict[str, object]) -> None:
+    matrix = triton.describe(moved(random_packed(64, 2048, bits=4, **fields)), torch.bfloat16)
+    assert matrix is not None
+    for tokens in (1, 2, 16):
+        launch = triton.prepare(inputs(tokens, 2048).bfloat16(), matrix)
+        assert launch is not None
+        for seed in (1, 2):
+            x = torch.randn(tokens, 2048, generator=torch.Generator().manual_seed(seed)).bfloat16().to(DEVICE)
+            out = x.new_empty(tokens, 64)
+            launch(x, out)
+            torch.testing.assert_close(out, triton.linear(x, matrix), rtol=0, atol=0)
+    assert triton.prepare(inputs(300, 2048).bfloat16(), matrix) is None

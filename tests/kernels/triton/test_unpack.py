@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.formats import WeightSpec, pack_codes
-from hf_lowbit.kernels.triton.unpack import TABLE, Unpacking, codes_of_unit, scaled, unpacking, words_of_unit
+from hf_lowbit.kernels.triton.unpack import TABLE, Unpacking, codes_of_unit, octets, scaled, unpacking, words_of_unit
 from tests.kernels.cpu.matrices import FORMATS
 
 ARITHMETIC = [
@@ -26,7 +26,13 @@ WITH_INSTRUCTIONS = [  # the others are looked up in memory
 
 
 def run(instructions: str, inputs: list[Tensor], count: int, dtype: torch.dtype) -> list[Tensor]:
-    """PTX on words ``[n]`` in int64; the pairs of floats ``[n, 2]`` of each output."""
+    """The pairs of floats ``[n, 2]`` of each output."""
+    results = execute(instructions, inputs, count, dtype)
+    return [torch.stack([part & 0xFFFF, part >> 16], -1).to(torch.uint16).view(dtype).double() for part in results]
+
+
+def execute(instructions: str, inputs: list[Tensor], count: int, dtype: torch.dtype) -> list[Tensor]:
+    """PTX on words ``[n]`` in int64; the outputs likewise."""
     chunks = inputs[0]
     registers: dict[str, Tensor | int] = {f"${count + i}": words for i, words in enumerate(inputs)}
 
@@ -60,7 +66,7 @@ def run(instructions: str, inputs: list[Tensor], count: int, dtype: torch.dtype)
         if statement.strip() and not statement.strip().startswith(".reg"):
             name, out, *operands = re.split(r"[ ,]+", statement.strip())
             registers[out] = compute(name, operands)
-    return [floats(f"${index}") for index in range(count)]
+    return [read(f"${index}") for index in range(count)]
 
 
 def random_units(spec: WeightSpec) -> tuple[Tensor, list[Tensor]]:
@@ -100,6 +106,15 @@ def test_scaled_ones_give_decoded_weights(name: str, dtype: torch.dtype) -> None
     for index, values in enumerate(run(instructions, words, count, dtype)):
         expected = spec.number_format.table[codes[:, :, index]].to(dtype) * scales
         assert torch.equal(values, expected.double())
+
+
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_integers_become_the_tops_of_bytes(bits: int) -> None:
+    codes = torch.randint(2**bits, (300, 32 // bits), generator=torch.Generator().manual_seed(0))
+    words = pack_codes(codes.to(torch.uint8), bits).long()[:, 0] & 0xFFFFFFFF
+    for index, result in enumerate(execute(octets(bits), [words], 8 // bits, torch.float16)):
+        values = (result[:, None] >> 8 * torch.arange(4)).to(torch.int8).long()
+        assert torch.equal(values, (codes[:, index :: 8 // bits] - 2 ** (bits - 1)) * 2 ** (8 - bits))
 
 
 def test_what_is_not_exact_is_not_scaled() -> None:

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <vector>
 
 namespace {
 
@@ -16,5 +17,16 @@ template <class T> class Aligned {
     struct Free { void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); } };
     std::unique_ptr<T, Free> data_;
 };
+
+template <class T> struct AlignedAllocator {
+    using value_type = T;
+    AlignedAllocator() = default;
+    template <class Other> AlignedAllocator(const AlignedAllocator<Other>&) {}
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+    friend bool operator==(AlignedAllocator, AlignedAllocator) { return true; }
+    friend bool operator!=(AlignedAllocator, AlignedAllocator) { return false; }
+};
+using AlignedVector = std::vector<float, AlignedAllocator<float>>;
 
 }  // namespace

@@ -102,7 +102,9 @@ const Kernels amx_kernels = {
     "amx", runs_here, linear, linear_int8,
     [](const hfl_matrix* w) { return avx512_kernels.multiplies_int8(w); },
     [](const hfl_matrix* w) { return avx512_kernels.multiplies_in_registers(w); },
-    [](const hfl_matrix* w, int type) { return static_cast<int>(type == HFL_BFLOAT16 && has_chunks(*w)); },
+    [](const hfl_matrix* w, int type) {
+        return type == HFL_BFLOAT16 ? static_cast<int>(has_chunks(*w)) : avx512_kernels.multiplies_many(w, type);
+    },
     [](const hfl_matrix* w, const int64_t* index, int64_t first, int64_t n, void* out, int type, int threads) {
         avx512_kernels.decode(w, index, first, n, out, type, threads);
     },

@@ -120,8 +120,8 @@ int hfl_multiplies_in_registers(const hfl_matrix* matrix) {
     return is_valid(matrix) && chosen->multiplies_in_registers(matrix);
 }
 
-int hfl_has_matrix_unit(const hfl_matrix* matrix, int type) {
-    return is_valid(matrix) && chosen->has_matrix_unit(matrix, type);
+int hfl_multiplies_many(const hfl_matrix* matrix, int type) {
+    return is_valid(matrix) && chosen->multiplies_many(matrix, type);
 }
 
 int hfl_decode(const hfl_matrix* matrix, const int64_t* index, int64_t first, int64_t n, void* out, int type,

@@ -1,14 +1,26 @@
 // AVX-512 with products of bfloat16 pairs (Intel since Sapphire Rapids, AMD since Zen 4): inputs of that type are
-// multiplied 32 at once. All else is left to the AVX-512 kernels.
+// multiplied 32 at once, many of them by panels. All else is left to the AVX-512 kernels.
 #include "kernels.h"
 #include "simd_avx512.h"
 #include "pairs_avx512.h"
 #include "gemv.h"
+#include "panels_bfloat16.h"
 
 namespace {
 
+// Inputs, at most, that are better multiplied by what was decoded in registers: more where that is a shift and a look-up.
+int64_t few_inputs(const hfl_matrix& w) { return multiplies_pairs(w, HFL_BFLOAT16) && 16 % w.bits == 0 ? 8 : 4; }
+
+bool has_chunks(const hfl_matrix& w) {
+    return with_chunks(w, [](auto) {});
+}
+
 int linear_or_pairs(const hfl_matrix* const* matrices, int count, const void* x, int type, int64_t m, int64_t stride,
                     void* const* y, int threads) {
+    const bool panels = type == HFL_BFLOAT16 && std::all_of(matrices, matrices + count, [&](const hfl_matrix* w) {
+        return has_chunks(*w) && m > few_inputs(*w);
+    });
+    if (panels) return linear_bfloat16_panels(matrices, count, x, m, stride, y, threads);
     const auto multiply = type == HFL_BFLOAT16 ? linear : avx512_kernels.linear;
     return multiply(matrices, count, x, type, m, stride, y, threads);
 }
@@ -24,7 +36,9 @@ const Kernels avx512_bf16_kernels = {
     [](auto... arguments) { return avx512_kernels.linear_int8(arguments...); },
     [](const hfl_matrix* w) { return avx512_kernels.multiplies_int8(w); },
     [](const hfl_matrix* w) { return avx512_kernels.multiplies_in_registers(w); },
-    [](const hfl_matrix*, int) { return 0; },
+    [](const hfl_matrix* w, int type) {
+        return type == HFL_BFLOAT16 ? static_cast<int>(has_chunks(*w)) : avx512_kernels.multiplies_many(w, type);
+    },
     [](auto... arguments) { avx512_kernels.decode(arguments...); },
     [](const hfl_scan& s, int threads) { return avx512_kernels.selective_scan(s, threads); },
     [](const hfl_convolution& c, int threads) { return avx512_kernels.causal_convolution(c, threads); }};

@@ -20,8 +20,7 @@ struct Dot {
         }
         template <int j> Int at(Int words) const {
             if constexpr (bits == 8) return words;  // code - 128 + 128
-            const Int low = _mm512_set1_epi8((1 << bits) - 1);
-            return _mm512_permutexvar_epi8(_mm512_and_si512(_mm512_srli_epi16(words, j * bits), low), table);
+            return _mm512_permutexvar_epi8(_mm512_srli_epi16(words, j * bits), table);  // the same for any higher bits
         }
     };
     static Int load(const void* p) { return _mm512_loadu_si512(p); }

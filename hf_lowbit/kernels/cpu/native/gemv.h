@@ -12,22 +12,28 @@
 
 namespace {
 
-// Additions to one sum wait for each other: a few sums side by side keep the multipliers busy.
-template <int M> constexpr int chains = M == 1 ? 4 : M <= 4 ? 2 : 1;
-
-// Rows of y = x w^T for the inputs m0..m0+M. A tile of rows shares a stretch of the inputs while it is in the
-// first-level cache.
+// Rows of y = x w^T for the inputs m0..m0+M. Where these do not fit into the first-level cache, a tile of rows shares a
+// stretch of them while it is there.
 template <class Way, int M> class TileProduct {
   public:
-    static constexpr int rows = 16;
-
     TileProduct(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0)
-        : w_(w), geometry_(geometry), x_(x), m0_(m0), way_(w), value_shift_(Way::shift(w)) {
-        for (int r = 0; r < rows; r++) scales_.emplace_back(w, Simd::lanes);
+        : w_(w), geometry_(geometry), x_(x), m0_(m0), way_(w), value_shift_(Way::shift(w)),
+          tile_rows_(geometry.blocks <= stretch ? 1 : rows) {
+        for (int r = 0; r < tile_rows_; r++) scales_.emplace_back(w, Simd::lanes);
     }
 
     void operator()(int64_t first, int64_t last, void* y, int type) {
-        const int64_t stretch = std::max<int64_t>(1, first_level_bytes / (block * M * 4));
+        for (; first < last; first += tile_rows_) multiply_tile(first, std::min(last, first + tile_rows_), y, type);
+    }
+
+  private:
+    static constexpr int rows = 16;  // of a tile
+    using Float = Simd::Float;
+    static constexpr int block = Way::steps * Simd::lanes;  // of inputs, or pairs of them
+    static constexpr int64_t first_level_bytes = 16384;  // half of the smallest first-level cache
+    static constexpr int64_t stretch = std::max<int64_t>(1, first_level_bytes / (block * M * 4));  // of blocks
+
+    void multiply_tile(int64_t first, int64_t last, void* y, int type) {
         for (int64_t row = first; row < last; row++) {
             scales_[row - first].select(row);
             for (Float& total : total_[row - first]) total = Simd::zero();
@@ -40,11 +46,6 @@ template <class Way, int M> class TileProduct {
                 store_float(y, (m0_ + m) * w_.rows + row, finish(total_[row - first][m], scales_[row - first], m0_ + m),
                             type);
     }
-
-  private:
-    using Float = Simd::Float;
-    static constexpr int block = Way::steps * Simd::lanes;  // of inputs, or pairs of them
-    static constexpr int64_t first_level_bytes = 16384;  // half of the smallest first-level cache
 
     void add_blocks(int64_t row, int64_t first, int64_t last, const RowScales& scales, Float* totals) {
         const int64_t whole = std::min(last, w_.words / Way::block_words);
@@ -73,10 +74,10 @@ template <class Way, int M> class TileProduct {
         for (int m = 0; m < M; m++) total[m] = totals[m];
         for (int64_t b = first; b < last; b++, words += Way::block_words, inputs += block * M) {
             __builtin_prefetch(words + 512);
-            Float sum[M * chains<M>];
+            Float sum[M * Way::template chains<M>];
             for (Float& chain : sum) chain = Simd::zero();
             add_block(way, words, inputs, sum);
-            for (int k = M; k < M * chains<M>; k++) sum[k % M] = Simd::add(sum[k % M], sum[k]);
+            for (int k = M; k < M * Way::template chains<M>; k++) sum[k % M] = Simd::add(sum[k % M], sum[k]);
             Float factor;
             if constexpr (scaling == per_block) factor = Simd::set(scale[groups[b]]);
             if constexpr (scaling == per_lane)
@@ -93,7 +94,7 @@ template <class Way, int M> class TileProduct {
         repeat(
             [&](auto j) HFL_INLINE {
                 const auto v = way.template at<decltype(j)::value>(loaded);
-                Float* chain = sum + j.value % chains<M> * M;
+                Float* chain = sum + j.value % Way::template chains<M> * M;
                 for (int m = 0; m < M; m++)
                     chain[m] = Way::multiply_add(v, in + (j.value * M + m) * Simd::lanes, chain[m]);
             },
@@ -121,6 +122,7 @@ template <class Way, int M> class TileProduct {
     int64_t m0_;
     const Way way_;
     float value_shift_;
+    const int64_t tile_rows_;
     std::vector<RowScales> scales_;
     Float total_[rows][M];
     uint32_t tail_[Way::block_words] = {};
@@ -129,8 +131,7 @@ template <class Way, int M> class TileProduct {
 template <class Way, int M>
 void multiply_rows(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0, int64_t first,
                    int64_t last, void* y, int type) {
-    TileProduct<Way, M> tile(w, geometry, x, m0);
-    for (int64_t row = first; row < last; row += tile.rows) tile(row, std::min(last, row + tile.rows), y, type);
+    TileProduct<Way, M>(w, geometry, x, m0)(first, last, y, type);
 }
 
 template <class Way>

@@ -4,9 +4,11 @@
 // words (16 codes) for 6 bits, `bits` words (32 codes) for 3, 5 and 7. A block is one such run per lane. The j-th codes
 // of all lanes come out of the words together, and inputs are put into that order. In base 3 a lane owns a byte.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "aligned.h"
 #include "floats.h"
 #include "lowbit.h"
 
@@ -25,7 +27,7 @@ inline int codes_per_lane(const hfl_matrix& w) {
 
 struct Geometry {
     int64_t blocks, block;       // blocks per row, codes per block
-    std::vector<int32_t> first;  // [blocks] first group of each block
+    std::vector<int32_t> first;  // [blocks] first group of each block, or some groups before it
     std::vector<int32_t> lane;   // [blocks, lanes] group of each lane, less the block's first; empty if always 0
 
     Geometry(const hfl_matrix& w, int lanes) {
@@ -40,6 +42,9 @@ struct Geometry {
         if (group % block == 0) return;
         lane.resize(static_cast<size_t>(blocks * lanes));
         for (int64_t b = 0; b < blocks; b++) {
+            const int64_t last = (std::min(columns, (b + 1) * block) - 1) / group;
+            const int32_t aligned = first[b] / lanes * lanes;  // a vector that crosses cache lines is loaded twice
+            if (last < aligned + lanes) first[b] = aligned;
             for (int i = 0; i < lanes; i++) {
                 const int64_t at = b * block + static_cast<int64_t>(i) * codes;
                 lane[b * lanes + i] = at < columns ? static_cast<int32_t>(at / group) - first[b] : 0;
@@ -55,7 +60,7 @@ inline bool lanes_fit_groups(const hfl_matrix& w) {
 
 // The scales of a row, and its zero points if it has any, followed by `lanes` zeros for whole-vector loads.
 struct RowScales {
-    std::vector<float> scale, zero;
+    AlignedVector scale, zero;
     const hfl_matrix& w;
 
     RowScales(const hfl_matrix& matrix, int lanes) : w(matrix) {

@@ -10,7 +10,7 @@ struct Kernels {
                        int);
     int (*multiplies_int8)(const hfl_matrix*);
     int (*multiplies_in_registers)(const hfl_matrix*);
-    int (*has_matrix_unit)(const hfl_matrix*, int);
+    int (*multiplies_many)(const hfl_matrix*, int);
     void (*decode)(const hfl_matrix*, const int64_t*, int64_t, int64_t, void*, int, int);
     int (*selective_scan)(const hfl_scan&, int);
     int (*causal_convolution)(const hfl_convolution&, int);

@@ -54,9 +54,9 @@ HFL_API int hfl_multiplies_int8(const hfl_matrix* matrix);
 // Whether hfl_linear decodes this layout in registers; otherwise it decodes a row at a time, several times slower.
 HFL_API int hfl_multiplies_in_registers(const hfl_matrix* matrix);
 
-// Whether hfl_linear multiplies many inputs of this type by a matrix unit, decoding as it goes; otherwise a large number
-// is better multiplied with decoded rows.
-HFL_API int hfl_has_matrix_unit(const hfl_matrix* matrix, int type);
+// Whether hfl_linear (of HFL_INT8: hfl_linear_int8) decodes once for many inputs of this type, by a matrix unit or by
+// panels; otherwise a large number is better multiplied with decoded rows.
+HFL_API int hfl_multiplies_many(const hfl_matrix* matrix, int type);
 
 // Decoded rows [n, columns]: rows index[0..n), or first..first+n where index is null. Returns 0, or -1 if out of range.
 HFL_API int hfl_decode(const hfl_matrix* matrix, const int64_t* index, int64_t first, int64_t n, void* out, int type,

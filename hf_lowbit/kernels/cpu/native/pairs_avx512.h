@@ -14,13 +14,20 @@ namespace {
 template <int bits> struct InPairs {
     static constexpr int words = Lane<bits>::words, codes = Lane<bits>::codes, steps = codes / 2;
     static constexpr int block_words = words * Simd::lanes;
+    template <int M> static constexpr int chains = 1;  // processors that have these look far enough ahead
     struct Loaded { __m512i half[words]; };  // the h-th 16 bits of the first half, and those of the second half above
 
-    __m512i table[bits <= 5 ? 1 : 2];
+    // Permutations read five bits: where these hold several codes, each has a table of its own, and they share a shift.
+    static constexpr int together = bits == 1 ? 4 : bits == 2 ? 2 : 1;
+    static constexpr int size = bits <= 5 ? 32 : 64, tables = together * size / 32;
+
+    __m512i table[tables];
     explicit InPairs(const hfl_matrix& w) {
-        alignas(64) uint16_t values[bits <= 5 ? 32 : 64];
-        for (int i = 0; i < (bits <= 5 ? 32 : 64); i++) values[i] = to_bfloat16(w.table[i & ((1 << bits) - 1)]);
-        for (int i = 0; i < (bits <= 5 ? 1 : 2); i++) table[i] = _mm512_load_si512(values + 32 * i);
+        alignas(64) uint16_t values[together * size];
+        for (int t = 0; t < together; t++)
+            for (int i = 0; i < size; i++)
+                values[t * size + i] = to_bfloat16(w.table[(i >> t * bits) & ((1 << bits) - 1)]);
+        for (int i = 0; i < tables; i++) table[i] = _mm512_load_si512(values + 32 * i);
     }
     static bool fits(const hfl_matrix& w) {
         bool exact = true;
@@ -38,6 +45,9 @@ template <int bits> struct InPairs {
         repeat([&](auto q) HFL_INLINE { lane[q.value] = Simd::strided<words, decltype(q)::value>(p); },
                std::make_integer_sequence<int, words>());
         Loaded loaded;
+#if defined(__GNUC__)
+        asm("" : "+v"(lane[0]));  // else every shift would load it again, and loads are what these loops wait for
+#endif
         if constexpr (words == 1) loaded.half[0] = lane[0];
         else
             for (int h = 0; h < words; h++) {  // an odd number of words: their parities differ
@@ -48,11 +58,11 @@ template <int bits> struct InPairs {
         return loaded;
     }
     template <int j> HFL_INLINE __m512i at(const Loaded& loaded) const {
-        constexpr int half = j * bits / 16, shift = j * bits % 16;
+        constexpr int half = j * bits / 16, shift = j / together * together * bits % 16;
         __m512i code;
         if constexpr (shift + bits > 16) code = _mm512_shrdi_epi16(loaded.half[half], loaded.half[half + 1], shift);
         else code = _mm512_srli_epi16(loaded.half[half], shift);
-        if constexpr (bits <= 5) return _mm512_permutexvar_epi16(code, table[0]);  // higher bits are ignored
+        if constexpr (bits <= 5) return _mm512_permutexvar_epi16(code, table[j % together]);  // ignores higher bits
         else return _mm512_permutex2var_epi16(table[0], code, table[1]);
     }
     HFL_INLINE static Simd::Float multiply_add(__m512i values, const float* in, Simd::Float sum) {

@@ -37,7 +37,7 @@ struct Simd {
 
     template <int stride, int q> static Int strided(const uint32_t* p) {
         if constexpr (stride == 1) return load_int(p);
-        return gather_words<stride, q>(p, std::make_integer_sequence<int, stride>());
+        else return gather_words<stride, q>(p, std::make_integer_sequence<int, stride - 2>());
     }
 
     template <int bits> struct Table {
@@ -90,20 +90,22 @@ struct Simd {
     static constexpr int plane_position(int, int) { return 0; }
 
   private:
+    // Word i * stride + q of each lane i, from as many vectors as the stride: the first two at once.
+    template <int stride, int q> static Int from() {
+        static constexpr auto at = [](int i) { return (i * stride + q) % 32; };
+        return _mm512_setr_epi32(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11),
+                                 at(12), at(13), at(14), at(15));
+    }
     template <int stride, int q, int source> static Int part_of(Int sofar, const uint32_t* p) {
-        static constexpr auto index = [](int i) { return (i * stride + q) % 16; };
         static constexpr auto here = [](int i) { return ((i * stride + q) / 16 == source) << i; };
-        const Int from = _mm512_setr_epi32(index(0), index(1), index(2), index(3), index(4), index(5), index(6), index(7),
-                                           index(8), index(9), index(10), index(11), index(12), index(13), index(14),
-                                           index(15));
         constexpr __mmask16 mask = here(0) | here(1) | here(2) | here(3) | here(4) | here(5) | here(6) | here(7) |
                                    here(8) | here(9) | here(10) | here(11) | here(12) | here(13) | here(14) | here(15);
-        return _mm512_mask_permutexvar_epi32(sofar, mask, from, load_int(p + 16 * source));
+        return _mm512_mask_permutexvar_epi32(sofar, mask, from<stride, q>(), load_int(p + 16 * source));
     }
     template <int stride, int q, int... source>
     static Int gather_words(const uint32_t* p, std::integer_sequence<int, source...>) {
-        Int r = _mm512_setzero_si512();
-        ((r = part_of<stride, q, source>(r, p)), ...);
+        Int r = _mm512_permutex2var_epi32(load_int(p), from<stride, q>(), load_int(p + 16));
+        ((r = part_of<stride, q, source + 2>(r, p)), ...);
         return r;
     }
 };

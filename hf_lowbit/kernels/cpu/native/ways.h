@@ -6,6 +6,7 @@
 //   arrange(in, j, out): the inputs of the j-th codes of all lanes, from a block's inputs in their own order;
 //   load(words), at<j>(loaded): the j-th values of all lanes;
 //   multiply_add(values, in, sum): values times such inputs, added to a sum of 16 or 8 floats;
+//   chains<M>: how many sums for each of M inputs, side by side;
 //   shift(w): what is left to subtract from every value, which products take from the inputs' sums.
 #pragma once
 #include "geometry.h"
@@ -14,6 +15,8 @@
 namespace {
 
 struct OneFloat {
+    // Additions to one sum wait for each other: a few sums side by side keep the multipliers busy.
+    template <int M> static constexpr int chains = M == 1 ? 4 : M <= 4 ? 2 : 1;
     HFL_INLINE static Simd::Float multiply_add(Simd::Float value, const float* in, Simd::Float sum) {
         return Simd::multiply_add(value, Simd::load(in), sum);
     }

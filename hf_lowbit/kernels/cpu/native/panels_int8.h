@@ -1,0 +1,188 @@
+// Panels of bytes and int8 inputs (VNNI). Weights are made unsigned by adding 128, which sums take away again by where
+// they start. Integer sums of a group, or of the part of it that is in the cache, are scaled and added in float32.
+#pragma once
+#include <cmath>
+
+#include "dot_avx512.h"
+#include "panels.h"
+
+namespace {
+
+struct ByteDot {
+    using Sum = __m512i;
+    HFL_INLINE static Sum add(Sum sum, __m512i weights, __m512i inputs) {
+#if defined(__GNUC__)
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs));  // by its intrinsic GCC 12 spills sums
+        return sum;
+#else
+        return _mm512_dpbusd_epi32(sum, weights, inputs);
+#endif
+    }
+};
+
+constexpr int byte_codes = 64;  // of a step
+
+// Words lie sixteen rows side by side before they are decoded: four bytes hold the j-th codes of the bytes of a word.
+template <int bits> struct ByteDecoder {
+    static constexpr int codes = 8 / bits, words = byte_codes / 4 / codes;
+    using Weights = typename Dot::template Weights<bits>;
+    static int position(int e) { return (e / 4 / codes * 4 + e % 4) * codes + e / 4 % codes; }
+    static Weights weights(const hfl_matrix& w) {
+        int8_t values[1 << bits];
+        for (int c = 0; c < (1 << bits); c++)
+            values[c] = static_cast<int8_t>(std::lround(w.table[c] * static_cast<float>(w.integer_multiplier)));
+        return Weights(values);
+    }
+};
+
+struct ByteStepInputs {
+    StepInputs steps;
+    bool grouped;
+    Aligned<uint32_t> before;  // [step, input]: 128 times the sum of what comes before it, modulo 2^32
+    Aligned<float> scale;      // [1 or group, input]
+
+    template <class Decoder>
+    ByteStepInputs(Type<Decoder>, const hfl_matrix& w, const int8_t* x, const float* x_scale, int64_t x_groups, int64_t m)
+        : steps(m, w.columns / byte_codes), grouped(x_groups > 1),
+          before((w.columns / byte_codes + 1) * steps.padded), scale(x_groups * steps.padded) {
+        alignas(64) uint8_t from[byte_codes];
+        for (int e = 0; e < byte_codes; e++) from[e] = static_cast<uint8_t>(Decoder::position(e));
+        const __m512i order = _mm512_load_si512(from), sign = _mm512_set1_epi8(-128);
+        std::fill(before.data(), before.data() + (w.columns / byte_codes + 1) * steps.padded, 0u);
+        std::fill(scale.data(), scale.data() + x_groups * steps.padded, 0.0f);
+        for (int64_t i = 0; i < m; i++) {
+            uint32_t sum = 0;
+            for (int64_t s = 0; s < w.columns / byte_codes; s++) {
+                const __m512i codes = _mm512_loadu_si512(x + i * w.columns + s * byte_codes);
+                _mm512_store_si512(steps.at(s, i), _mm512_permutexvar_epi8(order, codes));
+                before.data()[s * steps.padded + i] = sum;
+                sum += static_cast<uint32_t>(
+                    _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), sign, codes)));
+            }
+            before.data()[w.columns / byte_codes * steps.padded + i] = sum;
+            for (int64_t g = 0; g < x_groups; g++) scale.data()[g * steps.padded + i] = x_scale[i * x_groups + g];
+        }
+    }
+};
+
+template <class Decoder> class ByteRows {
+  public:
+    static constexpr int step_codes = byte_codes, step_words = Decoder::words;
+    using Inputs = ByteStepInputs;
+
+    ByteRows(const hfl_matrix& w, const Inputs& x)
+        : w_(w), x_(x), weights_(Decoder::weights(w)), scales_(w, 0), group_steps_(w.columns / w.groups / byte_codes),
+          scale_(w.groups * panel_rows), zero_(w.groups * panel_rows) {
+        std::fill(scale_.data(), scale_.data() + w.groups * panel_rows, 0.0f);
+        std::fill(zero_.data(), zero_.data() + w.groups * panel_rows, 0.0f);
+    }
+
+    void select(int64_t first, int count) {
+        first_ = first;
+        const float unit = 1.0f / static_cast<float>(w_.integer_multiplier);
+        for (int r = 0; r < count; r++) {
+            scales_.select(first + r);
+            for (int64_t g = 0; g < w_.groups; g++) {
+                const float scale = scales_.scale[static_cast<size_t>(g)];
+                scale_.data()[g * panel_rows + r] = scale * unit;
+                if (has_zero()) zero_.data()[g * panel_rows + r] = scale * scales_.zero[static_cast<size_t>(g)] / 128;
+            }
+        }
+    }
+
+    template <int vectors> void decode(int v, int count, int64_t step, int64_t n, char* panel) const {
+        const uint32_t* first = w_.codes + (first_ + v * vector_rows) * w_.words + step * Decoder::words;
+        const typename Decoder::Weights weights = weights_;  // in registers
+        for (int64_t at = 0; at < n * Decoder::words; at += 16) {
+            const int words = static_cast<int>(std::min<int64_t>(16, n * Decoder::words - at));
+            const __mmask16 these = static_cast<__mmask16>((1u << words) - 1);
+            __m512i part[vector_rows];
+            for (int r = 0; r < vector_rows; r++)
+                part[r] = _mm512_maskz_loadu_epi32(r < count ? these : 0, first + (r < count ? r : 0) * w_.words + at);
+            transpose(part);
+            for (int q = 0; q < words; q++)
+                repeat(
+                    [&](auto j) HFL_INLINE {
+                        _mm512_store_si512(place<vectors>(panel, (at + q) * Decoder::codes + j.value, v),
+                                           weights.template at<decltype(j)::value>(part[q]));
+                    },
+                    std::make_integer_sequence<int, Decoder::codes>());
+        }
+    }
+
+    template <int vectors>
+    void multiply(int64_t step, int64_t n, int64_t input, const char* panel, const Ahead& ahead, float* totals) const {
+        const int64_t padded = x_.steps.padded;
+        for (int64_t s = step, next; s < step + n; s = next) {
+            const int64_t group = s / group_steps_;
+            next = std::min(step + n, (group + 1) * group_steps_);
+            const uint32_t *before = x_.before.data() + s * padded + input, *after = before + (next - s) * padded;
+            auto minus_sum = [&](int x) HFL_INLINE { return static_cast<int32_t>(before[x] - after[x]); };  // times 128
+            __m512i sum[block_inputs * vectors];
+            for_sums<vectors>([&](auto i) HFL_INLINE {
+                sum[i.value] = _mm512_set1_epi32(minus_sum(i.value / vectors));
+            });
+            add_products<ByteDot, vectors>(panel, x_.steps.at(step, input), padded * step_bytes, s - step, next - step,
+                                           ahead, sum);
+            const float *scale = scale_.data() + group * panel_rows, *zero = zero_.data() + group * panel_rows;
+            const float* x_scale = x_.scale.data() + (x_.grouped ? group * padded : 0) + input;
+            auto add = [&](int i, __m512 value, __m512 factor) HFL_INLINE {
+                float* total = totals + i * vector_rows;
+                _mm512_store_ps(total, _mm512_fmadd_ps(value, factor, _mm512_load_ps(total)));
+            };
+            if (!x_.grouped && !has_zero())
+                for_sums<vectors>([&](auto i) HFL_INLINE {
+                    constexpr int row = i.value % vectors * vector_rows;
+                    add(i.value, _mm512_cvtepi32_ps(sum[i.value]), _mm512_load_ps(scale + row));
+                });
+            else
+                for_sums<vectors>([&](auto i) HFL_INLINE {
+                    constexpr int x = i.value / vectors, row = i.value % vectors * vector_rows;
+                    const __m512 less = _mm512_set1_ps(static_cast<float>(minus_sum(x)));
+                    const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i.value]), _mm512_load_ps(scale + row));
+                    add(i.value, _mm512_fmadd_ps(less, _mm512_load_ps(zero + row), value),
+                        _mm512_set1_ps(x_.grouped ? x_scale[x] : 1.0f));
+                });
+        }
+    }
+
+    void finish(int64_t input, float* totals, int count) const {
+        if (x_.grouped) return;
+        for (int r = 0; r < count; r++) totals[r] *= x_.scale.data()[input];
+    }
+
+  private:
+    bool has_zero() const { return w_.zero_kind != HFL_NO_ZERO; }
+
+    const hfl_matrix& w_;
+    const Inputs& x_;
+    const typename Decoder::Weights weights_;
+    RowScales scales_;
+    const int64_t group_steps_;
+    Aligned<float> scale_, zero_;  // [group, row of the panel]; zero points for sums that are -128 times too large
+    int64_t first_ = 0;
+};
+
+// Calls use(Type<a decoder>) and returns true, or false for layouts that have none: of those that multiplies_int8 takes.
+template <class Use> bool with_byte_decoder(const hfl_matrix& w, Use use) {
+    if (w.columns % byte_codes || w.columns / w.groups % byte_codes) return false;
+    switch (w.bits) {
+        case 1: return use(Type<ByteDecoder<1>>()), true;
+        case 2: return use(Type<ByteDecoder<2>>()), true;
+        case 4: return use(Type<ByteDecoder<4>>()), true;
+        default: return use(Type<ByteDecoder<8>>()), true;
+    }
+}
+
+inline int linear_byte_panels(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* x_scale,
+                              int64_t x_groups, int64_t m, int type, void* const* y, int threads) {
+    multiply_panels<ByteRows, ByteStepInputs>(
+        matrices, count, m, y, type, threads, [](const hfl_matrix& w, auto use) { with_byte_decoder(w, use); },
+        [&](auto decoder, const hfl_matrix& w, int64_t m0, int64_t n) {
+            return ByteStepInputs(decoder, w, x + m0 * w.columns, x_scale + m0 * x_groups, x_groups, n);
+        },
+        [](const hfl_matrix& a, const hfl_matrix& b) { return a.bits == b.bits; });
+    return 0;
+}
+
+}  // namespace

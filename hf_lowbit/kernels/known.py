@@ -1,0 +1,92 @@
+"""Products of few tokens that are known but for the values of their input.
+
+Decoding takes hundreds of products for every token, and what each needs beside its input (layout, route, addresses,
+launch) is the same as for the last token: to find it takes longer than most products. So what was found is kept, by all
+that it depends on. As addresses are among that, nobody has to tell when a weight is moved, replaced or repacked: then
+the product is another one. What is written to the same place is read from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats import PackedTensor
+from hf_lowbit.kernels import cpu, humming, triton
+from hf_lowbit.kernels.routes import native, on_gpu, route
+
+MOST_TOKENS = 16  # beyond, finding the way no longer counts
+
+Product: TypeAlias = Callable[[Tensor], list[Tensor]]
+"""Contiguous inputs of one shape, type and device times matrices that lie where they lay: it has their addresses."""
+
+_MOST_KNOWN = 1 << 16
+_known: dict[tuple[Any, ...], tuple[Product | None, Any]] = {}  # with what a key has by its identity: it stays alive
+
+
+def known_products(x: Tensor, weights: Sequence[PackedTensor], backend: str | None) -> Product | None:
+    """From x ``[..., columns]``, not quantized, to its products ``[..., rows]`` with packed matrices.
+
+    None where there is more to a product than a call of a kernel: many tokens, no kernel, scales that are codes.
+    """
+    if x.numel() > MOST_TOKENS * x.shape[-1] or not x.is_contiguous():
+        return None
+    key = [x.shape, x.dtype, x.device, backend]
+    for packed in weights:
+        weight, scale, zero_point, table = packed.weight, packed.scale, packed.zero_point, packed.table
+        if packed.scale_range is not None or not (weight.is_contiguous() and scale.is_contiguous()):
+            return None
+        key += weight.shape, weight.data_ptr(), scale.data_ptr(), packed.columns, id(packed.spec)
+        if zero_point is not None:
+            if not zero_point.is_contiguous():
+                return None
+            key.append(zero_point.data_ptr())
+        if table is not None:
+            key.append(table.data_ptr())
+    found = _known.get(together := tuple(key))
+    if found is None:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # to find it is to launch it once more
+            return None
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        found = _known[together] = _find(x, weights, backend), [packed.spec for packed in weights]
+    return found[0]
+
+
+def _find(x: Tensor, weights: Sequence[PackedTensor], backend: str | None) -> Product | None:
+    tokens, count = x.reshape(-1, x.shape[-1]), len(weights)
+    if not len(tokens) or any(packed.columns != x.shape[-1] for packed in weights):
+        return None
+    natives = [native(packed, x.device, x.dtype, backend) for packed in weights]
+    chosen = [matrix for matrix in natives if matrix is not None and route(tokens, matrix, None) == "native"]
+    if len(chosen) == count:
+        return cpu.prepare(x, chosen)
+    if any(packed.table is not None for packed in weights):  # of which launches read a copy in x's type
+        return None
+    on_gpus = [on_gpu(packed, x.device, x.dtype, backend) for packed in weights]
+    matrices = [matrix for matrix in on_gpus if matrix is not None]
+    if len(matrices) < count or (backend == "humming" and any(humming.takes(tokens, packed) for packed in weights)):
+        return None
+    return _launches(x, matrices)
+
+
+def _launches(x: Tensor, matrices: Sequence[triton.Matrix]) -> Product | None:
+    """A launch for each matrix."""
+    tokens, shapes = x.reshape(-1, x.shape[-1]), [(*x.shape[:-1], matrix.rows) for matrix in matrices]
+    prepared = [triton.prepare(tokens, matrix) for matrix in matrices]
+    launches = [launch for launch in prepared if launch is not None]
+    if len(launches) < len(matrices):
+        return None
+
+    def product(x: Tensor) -> list[Tensor]:
+        if x.data_ptr() % triton.ALIGNMENT:
+            x = x.clone()
+        results = [x.new_empty(shape) for shape in shapes]
+        for launch, result in zip(launches, results, strict=True):
+            launch(x, result)
+        return results
+
+    return product
