@@ -54,26 +54,35 @@ def pose(weight: Tensor, hessian: Tensor, damping: float, act_order: bool) -> Pr
     if not bool(torch.isfinite(weight).all()):
         raise RoundingError("the weight holds NaN or infinite values")
     precision = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    h = hessian.to(weight.device, torch.promote_types(hessian.dtype, torch.float32), copy=True)
+    h = hessian.to(weight.device, torch.promote_types(hessian.dtype, torch.float32))
     power = h.diagonal().clone()
     dead = power == 0
-    h.diagonal()[dead] = 1.0 if bool(dead.all()) else power[~dead].mean()
+    squares = power.masked_fill(dead, 1.0 if bool(dead.all()) else power[~dead].mean())
     work = weight.to(precision).masked_fill(dead, 0)
     order = torch.argsort(power, descending=True, stable=True) if act_order else None
-    factor, used = inverse_factor(h if order is None else h[order][:, order], damping, precision)
+    factor, used = inverse_factor(h, squares, order, damping, precision)
     return Problem(work, power, order, factor, used)
 
 
-def inverse_factor(h: Tensor, damping: float, precision: torch.dtype) -> tuple[Tensor, float]:
+def inverse_factor(
+    h: Tensor, diagonal: Tensor, order: Tensor | None, damping: float, precision: torch.dtype
+) -> tuple[Tensor, float]:
     """Upper Cholesky factor of the inverse of the damped H, of type ``precision``, and the damping that was needed.
 
     What float32 cannot factorise, float64 may: it is tried before more damping is. Where float32 can, it is good: its
     factors were off by 1e-6 (damping 0.01, condition 1e5) to 1e-4 (1e-4, 1e7).
+
+    Args:
+        h: symmetric ``[columns, columns]``, left as it is.
+        diagonal: in place of its own, ``[columns]``.
+        order: in which columns are factored, ``[columns]``; None for the stored order.
+        damping: as a share of the diagonal's mean.
     """
-    mean = h.diagonal().mean()
+    order = torch.arange(len(h), device=h.device) if order is None else order
+    mean = diagonal.mean()
     while True:
         for tried in dict.fromkeys((precision, torch.float64)):
-            factor = _factor(h, damping * mean, tried)
+            factor = _factor(h, (diagonal + damping * mean)[order], order, tried)
             if factor is not None:
                 return factor.to(precision), damping
         if damping >= _MOST_DAMPING:
@@ -81,17 +90,22 @@ def inverse_factor(h: Tensor, damping: float, precision: torch.dtype) -> tuple[T
         damping = min(10 * damping if damping else _FIRST_DAMPING, _MOST_DAMPING)
 
 
-def _factor(h: Tensor, added: Tensor, precision: torch.dtype) -> Tensor | None:
-    """The factor for H + added I, computed in ``precision``; None where that fails."""
-    reverse = h.to(precision).flip(0, 1)  # a copy
-    reverse.diagonal().add_(added)
+def _factor(h: Tensor, diagonal: Tensor, order: Tensor, precision: torch.dtype) -> Tensor | None:
+    """The factor for H with another diagonal, both in that order, in ``precision``; None where that fails.
+
+    Beside H there are two matrices of its size, which may be half a gigabyte each.
+    """
+    turned = order.flip(0)
+    reverse = h[turned[:, None], turned].to(precision)
+    reverse.diagonal().copy_(diagonal.flip(0))
     with _exact_products(h):
-        lower, failed = torch.linalg.cholesky_ex(reverse)
-        if failed:
+        columns = reverse.mT  # as LAPACK has them: it works in their place
+        if torch.linalg.cholesky_ex(columns, out=(columns, torch.empty((), dtype=torch.int32, device=h.device))).info:
             return None
-        upper = lower.flip(0, 1)
-        del reverse, lower  # of the size of H each, which may be half a gigabyte
-        factor = torch.linalg.solve_triangular(upper, torch.eye(len(h), dtype=precision, device=h.device), upper=True)
+        upper = columns.flip(0, 1)
+        factor = reverse.zero_()
+        factor.diagonal().fill_(1)
+        torch.linalg.solve_triangular(upper.mT, factor.mT, upper=False, out=factor.mT)
     return factor if bool(torch.isfinite(factor).all()) else None
 
 
