@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from gpu import kernels, models, peers
-from gpu.table import kernel_line, kernel_table, model_table
+from gpu.generating import GENERATE
+from gpu.table import kernel_line, kernel_table, model_table, share_table
 from gpu.timing import copy_bandwidth
 
 PARTS = ("kernels", "peers", "models")
@@ -28,11 +29,14 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--peers", default=",".join(peers.PEERS), help="names, separated by commas")
     parser.add_argument("--models", default=",".join(models.SHAPES), help=f"of {','.join(models.SHAPES)}")
     parser.add_argument("--variants", help="of the models: the beginnings of their names, separated by commas")
-    parser.add_argument("--no-generate", action="store_true", help="of the models no `generate`, which compiles")
+    parser.add_argument(
+        "--generate", default=",".join(GENERATE), help=f"how, of {','.join(GENERATE)}; compiling takes minutes"
+    )
     parser.add_argument("--output", type=Path, help="JSON; written anew after every part")
     parser.add_argument("--plot", type=Path, help="PNG")
     options = parser.parse_args()
-    for name, known in (("only", PARTS), ("peers", tuple(peers.PEERS)), ("models", tuple(models.SHAPES))):
+    lists = {"only": PARTS, "peers": tuple(peers.PEERS), "models": tuple(models.SHAPES), "generate": tuple(GENERATE)}
+    for name, known in lists.items():
         chosen = [part for part in getattr(options, name).split(",") if part]
         if unknown := set(chosen) - set(known):
             parser.error(f"--{name}: nothing is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -69,7 +73,7 @@ def model_rows(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[s
     for shape in options.models:
         for variant in models.VARIANTS:
             if options.variants is None or variant.name.startswith(options.variants):
-                yield models.measure(shape, variant, bandwidth, variant.generates and not options.no_generate)
+                yield models.measure(shape, variant, bandwidth, options.generate if variant.generates else ())
 
 
 def main(description: str | None) -> None:
@@ -89,7 +93,8 @@ def main(description: str | None) -> None:
         report["models"].append(row)
         _write(report, options)
         print(f"{time.perf_counter() - begun:5.0f} s  {row}", flush=True)
-    print(f"\n{kernel_table(report['rows'])}\n\n{model_table(report['models'])}", flush=True)
+    for table, part in ((kernel_table, "rows"), (share_table, "rows"), (model_table, "models")):
+        print(f"\n{table(report[part])}", flush=True)
     if options.plot:
         from gpu.picture import draw
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lowbit
-from gpu.generating import COMPILED, EAGER, generate, graph_of_a_step, prefill
+from gpu.generating import GENERATE, generate, graph_of_a_step, prefill
 
 _LLAMA: dict[str, Any] = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
@@ -32,7 +32,7 @@ BATCHES = (1, 16)
 
 
 class Variant(NamedTuple):
-    """A row: fields of RTNConfig, None for the floats; whether `generate` is measured, which takes a minute."""
+    """A row: fields of RTNConfig, None for the floats; whether `generate` is measured."""
 
     name: str
     fields: Mapping[str, Any] | None = None
@@ -50,8 +50,8 @@ VARIANTS = (
 
 
 @torch.no_grad()
-def measure(shape: str, variant: Variant, bandwidth: float, generates: bool) -> dict[str, Any]:
-    """Seconds, tokens/s and bytes of one model; what fails says so in its place.
+def measure(shape: str, variant: Variant, bandwidth: float, ways: Sequence[str]) -> dict[str, Any]:
+    """Seconds, tokens/s and bytes of one model, with `generate` in some ways; what fails says so in its place.
 
     "bound" is how many tokens/s reading every weight once would allow at the bandwidth, in bytes per microsecond; keys
     and values are left out. "memory_bytes" are of weights, "prefill_peak_bytes" of the longest prompt.
@@ -68,7 +68,7 @@ def measure(shape: str, variant: Variant, bandwidth: float, generates: bool) -> 
         torch.cuda.synchronize()
         row["pack_s"] = time.perf_counter() - begun
     row |= facts(model, bandwidth)
-    row |= speeds(model, generates)
+    row |= speeds(model, ways)
     return row
 
 
@@ -79,17 +79,14 @@ def facts(model: Any, bandwidth: float) -> dict[str, Any]:
     return {"memory_bytes": torch.cuda.memory_allocated(), "read_bytes": read, "bound": bandwidth * 1e6 / read}
 
 
-def speeds(model: Any, generates: bool) -> dict[str, Any]:
+def speeds(model: Any, ways: Sequence[str]) -> dict[str, Any]:
     """Tokens per second, and the peak of memory."""
     torch.cuda.reset_peak_memory_stats()
     found: dict[str, Any] = {f"prefill_{tokens}": prefill(model, tokens) for tokens in PREFILLS}
     found["prefill_peak_bytes"] = torch.cuda.max_memory_allocated()
     for batch in BATCHES:
         found[f"graph_{batch}"] = _told(graph_of_a_step, model, batch)
-    if generates:
-        found["eager"] = _told(generate, model, EAGER)
-        found["compiled"] = _told(generate, model, COMPILED)
-    return found
+    return found | {way: _told(generate, model, GENERATE[way]) for way in ways}
 
 
 def read_bytes(model: torch.nn.Module) -> int:

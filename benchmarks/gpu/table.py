@@ -18,8 +18,7 @@ def kernel_line(row: Row) -> str:
         return f"{name}: {row['failed']}"
     text = f"{name}: {row['us']:7.1f} us, {row['bfloat16_us'] / row['us']:.2f}x bfloat16"
     if "copy_us" in row and row["tokens"] <= 16:
-        copied, small = row["copy_us"] / row["us"], row["small_copy_us"] / row["us"]
-        text += f", {copied:4.0%} of copy bandwidth, {small:4.0%} of a copy as small"
+        text += f", {_shares(row)} of the bandwidth of large copies / of a copy as small"
     return f"{text} ({row['kernel']})"
 
 
@@ -43,6 +42,20 @@ def kernel_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def share_table(rows: Sequence[Row]) -> str:
+    """One token: the share of the bandwidth of large copies, and of that of a copy of as many bytes, by shape."""
+    done = [row for row in rows if row.get("tokens") == 1 and "copy_us" in row]
+    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in done))
+    heads = [f"{rows} x {columns}" for rows, columns in shapes]
+    lines = [f"| one token: of large copies / of a copy as small | {' | '.join(heads)} |"]
+    lines.append("|---" * (len(heads) + 1) + "|")
+    for name in dict.fromkeys(row["weight"] for row in done):
+        own = {tuple(row["shape"]): row for row in done if row["weight"] == name}
+        cells = [_shares(own[shape]) if shape in own else "" for shape in shapes]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def model_table(rows: Sequence[Row]) -> str:
     """Tokens per second of whole models, with the share of the bound where one sequence is decoded; sizes."""
     heads = ["model", *WAYS.values(), *(name.replace("_", " ") for name in _PREFILLS), "GB", "packed in s"]
@@ -55,9 +68,13 @@ def model_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _shares(row: Row) -> str:
+    return f"{row['copy_us'] / row['us']:.0%} / {row['small_copy_us'] / row['us']:.0%}"
+
+
 def _speed(result: Row, bound: float | None) -> str:
-    """Tokens per second; of the time that the GPU is busy, the share that reading the weights would take."""
+    """Tokens per second; of the GPU's time, where it is known, the share that reading the weights would take."""
     if "tokens_per_s" not in result:
         return str(result.get("failed", ""))
-    share = "" if bound is None else f" ({1e3 / bound / result['gpu_ms']:.0%})"
+    share = "" if bound is None or "gpu_ms" not in result else f" ({1e3 / bound / result['gpu_ms']:.0%})"
     return f"{result['tokens_per_s']:.0f}{share}"

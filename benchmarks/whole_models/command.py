@@ -23,6 +23,7 @@ from whole_models.workers.native import native_library
 def arguments(description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(TASKS), help=f"tasks, of {','.join(TASKS)}")
+    parser.add_argument("--variants", default="*", help="names or patterns with *, with semicolons")
     parser.add_argument("--peers", type=Path, help="folder of virtual environments, see benchmarks/peers")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -64,7 +65,7 @@ def conditions(threads: int, rounds: int) -> dict[str, Any]:
 def main(description: str | None) -> None:
     options = arguments(description)
     report = conditions(options.threads, options.rounds)
-    chosen = [variant for task in options.only for variant in variants(task)]
+    chosen = [variant for task in options.only for variant in variants(task, options.variants.split(";"))]
     extra = idle() if "smollm2" in options.only else []
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from typing import Any
 
 OURS = "hf_lowbit"
@@ -41,12 +43,13 @@ class Variant:
         return f"{self.task} {self.artefact or self.name}".replace(" ", "-").replace(",", "")
 
 
-def _packed(**fields: Any) -> dict[str, Any]:
+def _packed(dtype: str = "float32", **fields: Any) -> dict[str, Any]:
     ends = {"quantize_embeddings": True, "quantize_lm_head": True}
-    return {"dtype": "float32", "config": {**fields, **ends}}
+    return {"dtype": dtype, "config": {**fields, **ends}}
 
 
 INT4 = _packed(bits=4, group_size=64)
+INT4_BFLOAT16 = _packed("bfloat16", bits=4, group_size=64)
 INT8 = _packed(bits=8, group_size=None)
 
 
@@ -57,12 +60,18 @@ def smollm2() -> list[Variant]:
         "bfloat16": {"dtype": "bfloat16"},
         "8 bits": INT8,
         "4 bits": INT4,
+        "4 bits, bfloat16": INT4_BFLOAT16,
         "NF4": _packed(format="nf", bits=4, group_size=64),
         "2 bits": _packed(bits=2, group_size=64),
     }
     rows = [Variant("smollm2", name, "lowbit", options) for name, options in ours.items()]
-    compiled = {**INT4, "compiled": True}
-    rows.append(Variant("smollm2", "4 bits, compiled", "lowbit", compiled, artefact="4 bits", note="static cache"))
+    rows += [
+        Variant(
+            "smollm2", f"{name}, compiled", "lowbit", {**options, "compiled": True}, artefact=name, note="static cache"
+        )
+        for name, options in ours.items()
+        if name in ("bfloat16", "4 bits", "4 bits, bfloat16")
+    ]
     return rows + peers()
 
 
@@ -129,7 +138,7 @@ def llama1b() -> list[Variant]:
     ]
 
 
-def variants(task: str) -> list[Variant]:
-    """The rows of a task, in the order of its table."""
+def variants(task: str, patterns: Sequence[str] = ("*",)) -> list[Variant]:
+    """The rows of a task whose names match one of the patterns, in the order of its table."""
     rows = {"smollm2": smollm2, "whisper": whisper, "diffusion": diffusion, "llama1b": llama1b}
-    return rows[task]()
+    return [row for row in rows[task]() if any(fnmatch(row.name, pattern) for pattern in patterns)]

@@ -26,12 +26,6 @@ def test_every_case_has_a_name_of_its_own() -> None:
     assert len(set(names)) == len(names) and "int4 g128" in names
 
 
-def test_overlapping_spans_count_once() -> None:
-    from gpu.generating import covered
-
-    assert covered([(5, 7), (0, 2), (1, 4), (6, 6.5)]) == 6 and covered([]) == 0
-
-
 @pytest.mark.parametrize("tied", (True, False))
 def test_a_token_reads_all_weights_but_an_embedding_that_is_only_looked_up(tied: bool) -> None:
     from gpu.models import read_bytes
@@ -71,7 +65,7 @@ def test_tables_show_speeds_shares_and_failures() -> None:
     from gpu.table import kernel_line, kernel_table, model_table
 
     rows = report()["rows"]
-    assert "4.00x bfloat16" in kernel_line(rows[0]) and "20% of copy bandwidth" in kernel_line(rows[0])
+    assert "4.00x bfloat16" in kernel_line(rows[0]) and "20% / 40% of the bandwidth" in kernel_line(rows[0])
     assert kernel_line(rows[-1]).endswith("gemlite is not installed")
     assert "| int4 g128 | 4.0 | 1.0 |" in kernel_table(rows) and "gemlite" not in kernel_table(rows)
     assert "| 1B 4 bits | 100 (50%) |  | 100 (50%) | RuntimeError: no | 10 | 20 | 0.50 |  |" in model_table(
