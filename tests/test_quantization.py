@@ -107,9 +107,12 @@ def test_the_users_config_stays_as_it_was() -> None:
     assert config == before
 
 
-@pytest.mark.parametrize("config", ["gptqq", ""])
-def test_an_unknown_method_is_refused_and_the_installed_ones_named(config: str) -> None:
-    with pytest.raises(ConfigError, match=f"unknown method '{config}'; installed: .*rtn"):
+@pytest.mark.parametrize(
+    ("config", "answer"),
+    [("gptqq", "unknown method 'gptqq'; did you mean 'gptq'"), ("", "unknown method ''; installed: .*rtn")],
+)
+def test_an_unknown_method_is_refused_and_the_installed_ones_named(config: str, answer: str) -> None:
+    with pytest.raises(ConfigError, match=answer):
         hf_lowbit.quantize(Net(), config)
 
 

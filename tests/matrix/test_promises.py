@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from safetensors import safe_open
 import hf_lowbit
 from hf_lowbit.nn import KINDS, MixerSpec, disconnect_siblings, kind_of, refusal_of
 from hf_lowbit.plan import packed_modules
+from tests.matrix.backends import errors_of_layers
 from tests.matrix.conftest import Artefact, bits_of, quantized
 from tests.matrix.models import TinyModel, fingerprint
 
@@ -45,25 +45,10 @@ def test_siblings_change_no_bit_and_no_name(method: Any, tiny: TinyModel, artefa
 
 
 def test_the_reference_backend_agrees(method: Any, tiny: TinyModel, artefact: Make) -> None:
-    """Layer by layer, on what the layer reads in the native model: a code that tips over would change all after it."""
     saved = artefact(method, tiny)
     native, reference = (tiny.load(saved.folder, dtype=torch.float32) for _ in range(2))
-    twins, expected, errors = packed_modules(reference), {}, {}
-    for module in twins.values():
-        module.backend = "reference"
-
-    def run_twin(name: str, args: Any, kwargs: Any) -> None:
-        expected[name] = twins[name](*copy.deepcopy(args), **copy.deepcopy(kwargs)).double()
-
-    def compare(name: str, output: torch.Tensor) -> None:
-        errors[name] = float((output.double() - expected[name]).norm() / expected[name].norm())
-
-    for name, module in packed_modules(native).items():
-        module.register_forward_pre_hook(lambda _, args, kwargs, n=name: run_twin(n, args, kwargs), with_kwargs=True)
-        module.register_forward_hook(lambda _, args, output, n=name: compare(n, output))
-    tiny.run(native)
-    assert errors
-    for name, error in errors.items():
+    twins = packed_modules(reference)
+    for name, error in errors_of_layers(tiny, native, reference).items():
         rounds = twins[name].layer_spec.mixer is not None  # within: what lies halfway goes up here and down there
         assert error < (2e-3 if rounds else 1e-4), name
 

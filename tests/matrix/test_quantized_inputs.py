@@ -12,7 +12,7 @@ import torch
 
 import hf_lowbit
 from hf_lowbit.nn import disconnect_siblings
-from hf_lowbit.plan import packed_modules
+from tests.matrix.backends import errors_of_layers
 from tests.matrix.conftest import Artefact, config_of
 from tests.matrix.models import TinyModel, fingerprint
 
@@ -74,11 +74,8 @@ def test_integers_multiply_and_are_reported(variant: str, tiny: TinyModel, saved
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_reference_backend_agrees(variant: str, tiny: TinyModel, saved: Make) -> None:
     native, reference = (tiny.load(saved(variant, tiny).folder, dtype=torch.float32) for _ in range(2))
-    for module in packed_modules(reference).values():
-        module.backend = "reference"
-    expected = tiny.run(reference).double()
-    limit = 0.05 if variant == "groups" else 1e-4  # codes of 4 bits that lie halfway go up here and down there
-    assert (tiny.run(native).double() - expected).norm() < limit * expected.norm()
+    for name, error in errors_of_layers(tiny, native, reference).items():
+        assert error < 1e-4, name
 
 
 def test_types_and_bytes(tiny: TinyModel, saved: Make, tmp_path: Path) -> None:
