@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from hf_lowbit.calibration.data.limits import token_embedding
 from hf_lowbit.transforms.fold import input_weights, is_norm, output_channels
 
 _TOLERANCE = 1e-4  # of gradients in float32
@@ -76,7 +77,7 @@ def find_stream(model: nn.Module, batch: dict[str, Any]) -> Stream:
     modules = {name: module for name, module in model.named_modules() if _is_layer(module)}
     outputs, readings = _traced(model, modules, batch)
     embedded = [i for i, output in enumerate(outputs) if isinstance(modules[output.module], nn.Embedding)]
-    tokens = _token_embedding(model)  # not always the first: Whisper's encoder embeds positions before
+    tokens = token_embedding(model)  # not always the first: Whisper's encoder embeds positions before
     first = next((i for i in embedded if modules[outputs[i].module] is tokens), next(iter(embedded), None))
     if first is None:
         raise StreamError("no embedding is called on the data")
@@ -98,14 +99,6 @@ def find_stream(model: nn.Module, batch: dict[str, Any]) -> Stream:
         {norm: tuple(name for name in before if before[name] == norm) for norm in normed},
         tuple(name for name in before if before[name] == "" and name not in norms),
     )
-
-
-def _token_embedding(model: nn.Module) -> Any:
-    get: Any = getattr(model, "get_input_embeddings", None)
-    try:
-        return None if get is None else get()
-    except NotImplementedError:  # transformers', of a model that takes no tokens
-        return None
 
 
 def _is_layer(module: nn.Module) -> bool:

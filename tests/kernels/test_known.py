@@ -155,8 +155,8 @@ def test_gradients_autocast_and_inference_mode(found: list[int]) -> None:
     assert found == [1, 1]  # float32 and bfloat16
 
 
-@pytest.mark.skipif(not cpu.available(), reason="needs the native kernels")
 def test_threads_and_instruction_sets_are_asked_at_every_call(found: list[int]) -> None:
+    assert cpu.available(), cpu.unavailable_because()
     x, packed, before = inputs(1, 1), packed_like(), torch.get_num_threads()
     try:
         for name in cpu.instruction_sets():

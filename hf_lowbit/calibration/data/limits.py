@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -24,12 +23,19 @@ def require_language_model(model: Any, source: str) -> None:
     )
 
 
+def token_embedding(model: Any) -> Any:
+    """The module that embeds a model's token ids; None if it does not tell, or has none."""
+    if not hasattr(model, "get_input_embeddings"):
+        return None
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # what transformers raises where there are none
+        return None
+
+
 def vocabulary_size(model: Any) -> int | None:
     """How many token ids the model knows; None if it does not tell."""
-    sizes = [_text_setting(model, "vocab_size")]
-    if hasattr(model, "get_input_embeddings"):
-        with suppress(NotImplementedError):  # models without token embeddings
-            sizes.append(getattr(model.get_input_embeddings(), "num_embeddings", None))
+    sizes = [_text_setting(model, "vocab_size"), getattr(token_embedding(model), "num_embeddings", None)]
     known = [size for size in sizes if isinstance(size, int)]
     return min(known) if known else None
 

@@ -50,8 +50,8 @@ def _launch_fused(
         matrix.table(torch.float32) if layout.zero_kind == 2 and layout.offset is None else None, x_scale, out,
     )  # fmt: skip
     key = (layout, *out.shape, packed.scale.shape[0])
-    plan = lambda: _fused_plan(x, matrix, tiling, instructions, x_scale is not None)  # noqa: E731
-    return out, launch(fused, key, tensors, plan, x), tensors
+    found = launch(fused, key, tensors, lambda: _fused_plan(x, matrix, tiling, instructions, x_scale is not None), x)
+    return out, found, tensors
 
 
 def _fused_plan(x: Tensor, matrix: Matrix, tiling: Tiling, instructions: str | None, has_x_scale: bool) -> Plan:
@@ -118,12 +118,8 @@ def _launch_digits(x: Tensor, matrix: Matrix) -> tuple[Tensor, Found | None, Fou
 
     key = (layout, *out.shape)
     first = launch(to_digits, key, (x, digits), plan_digits, x)
-    return (
-        out,
-        first,
-        launch(multiply_digits, key, (digits, packed.weight, packed.scale, out), plan_product, x),
-        between,
-    )
+    second = launch(multiply_digits, key, (digits, packed.weight, packed.scale, out), plan_product, x)
+    return out, first, second, between
 
 
 def launch_wide(x: Tensor, matrix: Matrix) -> Tensor:
