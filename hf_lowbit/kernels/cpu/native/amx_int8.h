@@ -9,11 +9,10 @@
 
 #include "aligned.h"
 #include "amx_tiles.h"
+#include "byte_decoders.h"
 #include "geometry.h"
 
 namespace {
-
-constexpr int byte_codes = 64;
 
 // Codes that do not cross bytes: the bytes are repeated, each repetition shifted further, and looked up. Eight bits are
 // their own values but for the sign.
@@ -194,18 +193,6 @@ void multiply_bytes(const hfl_matrix& w, const ByteInputs& x, int64_t first, int
             }
     }
     _tile_release();
-}
-
-// Calls use(Type<a decoder>) and returns true, or false for layouts that have none.
-template <class Use> bool with_bytes(const hfl_matrix& w, Use use) {
-    if (w.columns % byte_codes || w.columns / w.groups % byte_codes) return false;
-    switch (w.bits) {
-        case 1: return use(Type<Bytes<1>>()), true;
-        case 2: return use(Type<Bytes<2>>()), true;
-        case 4: return use(Type<Bytes<4>>()), true;
-        case 8: return use(Type<Bytes<8>>()), true;
-        default: return false;
-    }
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 #include <cmath>
 
+#include "byte_decoders.h"
 #include "dot_avx512.h"
 #include "panels.h"
 
@@ -19,8 +20,6 @@ struct ByteDot {
 #endif
     }
 };
-
-constexpr int byte_codes = 64;  // of a step
 
 // Words lie sixteen rows side by side before they are decoded: four bytes hold the j-th codes of the bytes of a word.
 template <int bits> struct ByteDecoder {
@@ -163,21 +162,11 @@ template <class Decoder> class ByteRows {
     int64_t first_ = 0;
 };
 
-// Calls use(Type<a decoder>) and returns true, or false for layouts that have none: of those that multiplies_int8 takes.
-template <class Use> bool with_byte_decoder(const hfl_matrix& w, Use use) {
-    if (w.columns % byte_codes || w.columns / w.groups % byte_codes) return false;
-    switch (w.bits) {
-        case 1: return use(Type<ByteDecoder<1>>()), true;
-        case 2: return use(Type<ByteDecoder<2>>()), true;
-        case 4: return use(Type<ByteDecoder<4>>()), true;
-        default: return use(Type<ByteDecoder<8>>()), true;
-    }
-}
-
 inline int linear_byte_panels(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* x_scale,
                               int64_t x_groups, int64_t m, int type, void* const* y, int threads) {
     multiply_panels<ByteRows, ByteStepInputs>(
-        matrices, count, m, y, type, threads, [](const hfl_matrix& w, auto use) { with_byte_decoder(w, use); },
+        matrices, count, m, y, type, threads,
+        [](const hfl_matrix& w, auto use) { with_byte_decoder<ByteDecoder>(w, use); },
         [&](auto decoder, const hfl_matrix& w, int64_t m0, int64_t n) {
             return ByteStepInputs(decoder, w, x + m0 * w.columns, x_scale + m0 * x_groups, x_groups, n);
         },
