@@ -73,7 +73,9 @@ def settings(samples: int) -> Any:
     import hf_lowbit
 
     ids = tokens(samples, 0)
-    return hf_lowbit.GPTQConfig(bits=4, group_size=128, dataset=ids, num_samples=samples, sequence_length=LENGTH)
+    return hf_lowbit.GPTQConfig(
+        bits=4, group_size=128, search_clip=False, dataset=ids, num_samples=samples, sequence_length=LENGTH
+    )
 
 
 def tokens(samples: int, seed: int) -> Tensor:

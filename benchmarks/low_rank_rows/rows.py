@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-METHODS = ("rtn", "gptq")
+METHODS = {"rtn": {}, "gptq": {"search_clip": False}}  # both on grids that reach to the largest weight
 BITS = (3, 2)
 GROUP = 64
 RANKS = (16, 32)
@@ -50,7 +50,7 @@ def branch(method: str, bits: int, rank: int, metric: str, factor_bits: int, ite
 
 def all_rows() -> dict[str, Row]:
     """By name, those that others take their budgets from first."""
-    return {row.name: row for row in _rows()}
+    return {row.name: replace(row, fields={**METHODS[row.method], **row.fields}) for row in _rows()}
 
 
 def _rows() -> Iterator[Row]:

@@ -19,7 +19,8 @@ class GPTQConfig(LowbitConfig):
         static_groups: fit every group's grid to the original weights; False refits each group when it is reached, on
             weights that already carry the errors of the columns before (the paper's way). act_order needs True.
         search_clip: search each group's clipping range, errors weighted by the inputs' power [ours; the paper's code
-            has an unweighted search, off by default].
+            has an unweighted search, off by default]. False: grids reach to the largest weight, as in the paper; fewer
+            seconds, and several times the loss at 4 bits and below.
         true_sequential: collect the inputs of later layers of a block again once the earlier ones are quantized.
         block_size: columns between two updates of all later ones; it changes speed, not the result.
         rotate: rotate the residual stream of the model first by a random Hadamard matrix, exactly (QuaRot, arXiv
@@ -33,7 +34,7 @@ class GPTQConfig(LowbitConfig):
     damping: float = 0.01
     act_order: bool = False
     static_groups: bool = True
-    search_clip: bool = False
+    search_clip: bool = True
     true_sequential: bool = False
     block_size: int = 128
     rotate: bool = False
