@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_lowbit.calibration.calls import Calls
+from hf_lowbit.calibration.gathering import Gathering
 from hf_lowbit.calibration.low_rank import UNCOMPENSATED, BlockCompensation, Compensation, Rounding
-from hf_lowbit.calibration.matrices import Matrix, inputs_of, matrices_of, why_without_inputs
+from hf_lowbit.calibration.matrices import Matrix, matrices_of, why_without_inputs
 from hf_lowbit.calibration.parallel import combine
 from hf_lowbit.calibration.statistics import Hessian, Magnitude, Statistic
 from hf_lowbit.calibration.store import TensorStore
@@ -159,47 +159,15 @@ class Block:
         """:meth:`collect` for matrices that are float and have inputs, whatever is noted of them."""
         usable = {key: self.matrices[key] for key in keys}
         statistics = {key: make(matrix.weight.shape[1], self.device) for key, matrix in usable.items()}
-        alias: dict[str, str] = {}
-        with self._listening(usable, statistics, alias) as forget:
+        gathering = Gathering(self.module, usable, statistics)
+        with gathering.listening():
             for batch in range(len(self)):
-                self.run(batch)
-                forget()
+                args, kwargs = self.arguments(batch)
+                with gathering.batch(args, kwargs), at_timestep(self.timestep(batch)):
+                    self.module(*args, **kwargs)
+        alias = gathering.alias
         combine([statistic for key, statistic in statistics.items() if key not in alias])
         return {key: statistics[alias.get(key, key)] for key in statistics}
-
-    @contextmanager
-    def _listening(
-        self, usable: dict[str, Matrix], statistics: dict[str, Any], alias: dict[str, str]
-    ) -> Iterator[Callable[[], None]]:
-        """Layers update their statistics; the first of those that read one tensor does for all."""
-        read: list[tuple[Tensor, str]] = []
-
-        def hook(layer: str, kind: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-            prefix = f"{layer}." if layer else ""
-            if kind not in ("experts", "conv1d", "conv2d"):
-                key, x = f"{prefix}weight", args[0] if args else next(iter(kwargs.values()))
-                first = next((other for tensor, other in read if tensor is x), None)
-                if first is not None:
-                    alias[key] = first
-                    return
-                read.append((x, key))
-            for parameter, expert, x in inputs_of(module, kind, args, kwargs):
-                key = f"{prefix}{parameter}" + ("" if expert is None else f"[{expert}]")
-                if key in statistics:
-                    statistics[key].update(x)
-
-        handles = [
-            self.module.get_submodule(layer).register_forward_pre_hook(
-                lambda module, args, kwargs, layer=layer, kind=kind: hook(layer, kind, module, args, kwargs),
-                with_kwargs=True,
-            )
-            for layer, kind in {matrix.layer: matrix.skeleton.kind for matrix in usable.values()}.items()
-        ]
-        try:
-            yield read.clear
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def pack(self, key: str, packed: PackedTensor, factors: tuple[Tensor, Tensor] | None = None) -> None:

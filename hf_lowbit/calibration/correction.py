@@ -23,7 +23,6 @@ from hf_lowbit.calibration.reassembling import linear_layers, quantized_inputs
 from hf_lowbit.formats import WeightSpec
 from hf_lowbit.nn import PackedLinear
 from hf_lowbit.rounding.clip import fit_range
-from hf_lowbit.rounding.grid import nearest_values
 from hf_lowbit.rounding.store import format_for, to_groups
 
 logger = logging.getLogger("hf_lowbit")
@@ -185,5 +184,5 @@ def rounded(matrix: Tensor, spec: WeightSpec) -> Tensor:
     number_format, _ = format_for(matrix, spec)
     grouped = matrix.float().reshape(1, 1, -1) if spec.group_size == "tensor" else to_groups(matrix, spec)
     grid = fit_range(grouped, spec, number_format)
-    values = nearest_values(grid.to_table_units(grouped), number_format) - grid.zero_point.unsqueeze(-1)
+    values = number_format.nearest(grid.to_table_units(grouped)) - grid.zero_point.unsqueeze(-1)
     return (values * grid.scale.unsqueeze(-1)).reshape(matrix.shape)

@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.formats import NumberFormat, WeightSpec
+from hf_lowbit.kernels import rounding_errors
 from hf_lowbit.rounding.grid import (
     Grid,
     RoundingError,
     fit_grid,
     grid_of_range,
     is_laid_on_the_range,
-    nearest_values,
     rescaled,
 )
 
 GridFit = Callable[[Tensor, WeightSpec, NumberFormat, Tensor | None], Grid]
-_Measure = Callable[[Tensor], Tensor]  # differences [rows, groups, g], which it may overwrite -> errors [rows, groups]
+_Measure = Callable[[Tensor, Grid], Tensor]  # weights [rows, groups, g] and their grid -> errors [rows, groups]
 
 CANDIDATES = tuple(1 - 0.02 * step for step in range(1, 36))  # 0.98, 0.96, ... 0.30
 _COARSE = tuple(1 - 0.05 * step for step in range(1, 10))  # AWQ's
@@ -76,15 +76,18 @@ def search_grid(
     end_candidates = (1.0, *candidates[::4])
     if importance is None:
 
-        def measure(difference: Tensor) -> Tensor:
-            return difference.abs_().pow_(norm).sum(-1)
+        def measure(part: Tensor, grid: Grid) -> Tensor:
+            return _difference(part, grid, number_format).abs_().pow_(norm).sum(-1)
 
         return _chunked(grouped, spec, number_format, measure, candidates, end_candidates)
-    weights = importance.to(grouped).reshape(grouped.shape[1], 1, -1)  # one grid for all: its rows share them
+    weights = importance.to(grouped).reshape(grouped.shape[1], -1)
     width = weights.shape[-1]
 
-    def weighted(difference: Tensor) -> Tensor:
-        return difference.square_().unflatten(-1, (-1, width)).mul_(weights).sum((-2, -1))
+    def weighted(part: Tensor, grid: Grid) -> Tensor:
+        if part.shape[-1] != width:  # one grid for all: its rows share the weights
+            rows = part.reshape(-1, 1, width)
+            return rounding_errors(rows, *(t.expand(len(rows), 1) for t in grid), number_format, weights).sum(0, True)
+        return rounding_errors(part, grid.scale, grid.zero_point, number_format, weights)
 
     return _chunked(grouped, spec, number_format, weighted, candidates, end_candidates, width)
 
@@ -101,12 +104,13 @@ def fit_output_error(hessian: Tensor, spec: WeightSpec) -> GridFit:
     size = columns // groups
     blocks = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, columns, size)]).float()
 
-    def measure(difference: Tensor) -> Tensor:
-        by_group = difference.unflatten(-1, (-1, size)).transpose(0, 1)  # [groups, rows, rows that share a grid, size]
-        moved = torch.matmul(by_group, blocks.unsqueeze(1))
-        return (moved * by_group).sum((-2, -1)).t()
-
     def fit(grouped: Tensor, spec: WeightSpec, number_format: NumberFormat, importance: Tensor | None = None) -> Grid:
+        def measure(part: Tensor, grid: Grid) -> Tensor:
+            difference = _difference(part, grid, number_format).unflatten(-1, (-1, size))
+            by_group = difference.transpose(0, 1)  # [groups, rows, rows that share a grid, size]
+            moved = torch.matmul(by_group, blocks.unsqueeze(1))
+            return (moved * by_group).sum((-2, -1)).t()
+
         return _chunked(grouped, spec, number_format, measure, _COARSE, (), size)
 
     return fit
@@ -129,7 +133,7 @@ def _chunked(
         pieces = chunk.split(piece, dim=-1) if chunk.shape[:2] == (1, 1) else (chunk,)
 
         def error(grid: Grid) -> Tensor:
-            return torch.stack([measure(_difference(part, grid, number_format)) for part in pieces]).sum(0)
+            return torch.stack([measure(part, grid) for part in pieces]).sum(0)
 
         best = _Best(fit_grid(chunk, spec, number_format), error)
         if is_laid_on_the_range(number_format):
@@ -214,5 +218,5 @@ def _search_signed(
 
 def _difference(grouped: Tensor, grid: Grid, number_format: NumberFormat) -> Tensor:
     """Weights less their rounded values."""
-    values = nearest_values(grid.to_table_units(grouped), number_format)
+    values = number_format.nearest(grid.to_table_units(grouped))
     return grouped - (values - grid.zero_point.unsqueeze(-1)).mul_(grid.scale.unsqueeze(-1))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_lowbit.formats import NumberFormat, WeightSpec
 from hf_lowbit.kernels.triton import runs_on
-from hf_lowbit.rounding.grid import Grid, RoundingError, nearest_values, nonzero
+from hf_lowbit.rounding.grid import Grid, RoundingError, nonzero
 
 GroupFit = Callable[[Tensor, slice], Grid]  # a group's weights [rows, g] as they are now, its columns -> [rows, 1]
 
@@ -254,7 +254,7 @@ class Rounder:
         if self._integers:
             value.round_().clamp_(self._low, self._high)
         else:
-            value.copy_(nearest_values(value, self._format))
+            value.copy_(self._format.nearest(value))
         torch.sub(value, zero, out=self._shifted)
         torch.addcmul(w, self._shifted, self._scale[group], value=-1, out=error)
         error.div_(self.diagonal[visit])

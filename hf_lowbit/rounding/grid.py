@@ -115,13 +115,6 @@ def as_decoded(grid: Grid, spec: WeightSpec) -> Grid:
     return Grid(_as_decoded(grid.scale, spec, "scale"), zero_point)
 
 
-def nearest_values(units: Tensor, number_format: NumberFormat) -> Tensor:
-    """The table value nearest to each weight in table units: that of the code :meth:`NumberFormat.encode` picks."""
-    if number_format.is_integer_grid:  # no detour over codes
-        return units.round().clamp_(number_format.table[0].item(), number_format.table[-1].item())
-    return number_format.nearest(units)
-
-
 def nonzero(scale: Tensor) -> Tensor:
     """The scale to divide by: 1 where a group is all zero."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hf_lowbit.formats import NumberFormat, PackedTensor, WeightSpec
 from hf_lowbit.formats.packed import from_bits, to_bits
-from hf_lowbit.rounding.grid import Grid, RoundingError, fit_grid, nearest_values, nonzero
+from hf_lowbit.rounding.grid import Grid, RoundingError, fit_grid, nonzero
 from hf_lowbit.rounding.store import stack, to_packed
 
 _CHUNK_ELEMENTS = 1 << 18  # rows are optimised in chunks: the temporaries of 20 steps stay in the cache
@@ -115,7 +115,7 @@ def optimise_grid(
         RoundingError: as :func:`hf_lowbit.rounding.grid.fit_grid`.
     """
     start = fit_grid(grouped, spec, number_format)
-    best, error = start, _error(grouped, nearest_values(start.to_table_units(grouped), number_format), start)
+    best, error = start, _error(grouped, number_format.nearest(start.to_table_units(grouped)), start)
     best, error = _optimise_zero_point(grouped, start, spec, number_format, loss, best, error)
     for factor in _SHRUNK_RANGES if search_scale else ():
         scale = from_bits(to_bits(start.scale * factor, spec.scale_dtype), spec.scale_dtype)
@@ -140,15 +140,13 @@ def _optimise_zero_point(
     current, beta = start, loss.beta
     for step in range(loss.iterations + 1):
         stored = Grid(start.scale, _as_stored(current.zero_point, spec, number_format))
-        found = _error(grouped, nearest_values(stored.to_table_units(grouped), number_format), stored)
+        found = _error(grouped, number_format.nearest(stored.to_table_units(grouped)), stored)
         better = found < error
         error = torch.where(better, found, error)
         best = Grid(*(torch.where(better, new, old) for new, old in zip(stored, best, strict=True)))
         if step == loss.iterations:
             break
-        moved = next_zero_point(
-            grouped, nearest_values(current.to_table_units(grouped), number_format), current, beta, loss.p
-        )
+        moved = next_zero_point(grouped, number_format.nearest(current.to_table_units(grouped)), current, beta, loss.p)
         current, beta = Grid(start.scale, moved), beta * loss.kappa
     return best, error
 

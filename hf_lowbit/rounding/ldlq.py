@@ -21,7 +21,7 @@ from hf_lowbit.formats import NumberFormat, PackedTensor, WeightSpec, decode
 from hf_lowbit.formats.packed import scales, table_of, zero_points
 from hf_lowbit.rounding.clip import fit_clipped
 from hf_lowbit.rounding.gptq import GPTQResult, gptq
-from hf_lowbit.rounding.grid import Grid, fit_grid, grid_of_range, is_laid_on_the_range, nearest_values, nonzero
+from hf_lowbit.rounding.grid import Grid, fit_grid, grid_of_range, is_laid_on_the_range, nonzero
 from hf_lowbit.rounding.store import round_to_grid
 
 _BLOCK = 128
@@ -113,7 +113,7 @@ def _pass(values: Tensor, errors: Tensor, h: Tensor, grid: Grid, number_format: 
         for i in range(start, end):
             scale, zero = (part[:, i // size].to(h.dtype) for part in grid)
             best = torch.sub(values[i], gradients[i - start], alpha=1 / diagonal[i])
-            units = nearest_values(best / nonzero(scale) + zero, number_format)
+            units = number_format.nearest(best / nonzero(scale) + zero)
             step = (units - zero) * scale - values[i]
             values[i] += step
             errors[i] += step

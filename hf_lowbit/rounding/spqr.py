@@ -26,7 +26,7 @@ from torch import Tensor
 from hf_lowbit.formats import NumberFormat, PackedTensor, WeightSpec
 from hf_lowbit.rounding.clip import fit_range
 from hf_lowbit.rounding.feedback import Problem, Rounder, empty_grid, pose, round_columns
-from hf_lowbit.rounding.grid import Grid, RoundingError, as_decoded, nearest_values
+from hf_lowbit.rounding.grid import Grid, RoundingError, as_decoded
 from hf_lowbit.rounding.store import join, row_chunks, to_groups, to_packed
 
 
@@ -119,7 +119,7 @@ def without(grouped: Tensor, mask: Tensor) -> Tensor:
 def _errors(fitted: Tensor, grouped: Tensor, diagonal: Tensor, spec: WeightSpec, number_format: NumberFormat) -> Tensor:
     """e^2 of grouped weights on the grid of other ones, whose scales are not coded."""
     grid = fit_range(fitted, spec.first_level, number_format)
-    values = nearest_values(grid.to_table_units(grouped), number_format) - grid.zero_point.unsqueeze(-1)
+    values = number_format.nearest(grid.to_table_units(grouped)) - grid.zero_point.unsqueeze(-1)
     return values.mul_(grid.scale.unsqueeze(-1)).sub_(grouped).div_(diagonal).square_()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_lowbit.formats import NumberFormat, WeightSpec, decode
 from hf_lowbit.rounding import RoundingError, clip, round_to_nearest
 from hf_lowbit.rounding.clip import fit_clipped, fit_output_error, fit_range, search_grid
-from hf_lowbit.rounding.grid import Grid, nearest_values
+from hf_lowbit.rounding.grid import Grid
 from hf_lowbit.rounding.store import format_for, round_to_grid, round_with
 from tests.rounding.test_gptq import FORMATS, gaussian, same
 
@@ -230,5 +230,5 @@ def test_symmetric_integers_meet_the_largest_weight_of_either_sign(sign: int) ->
     grouped = sign * torch.tensor([[[4.0, 3, 2, 1, 0, -1, -2, -3]]])
     spec = WeightSpec(bits=3)
     grid = search_grid(grouped, spec, spec.number_format)
-    values = nearest_values(grid.to_table_units(grouped), spec.number_format) * grid.scale.unsqueeze(-1)
+    values = spec.number_format.nearest(grid.to_table_units(grouped)) * grid.scale.unsqueeze(-1)
     assert torch.equal(values, grouped)
