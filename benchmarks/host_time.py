@@ -3,9 +3,9 @@
     python benchmarks/host_time.py [--device cpu|cuda] [--layers 16] [--profile] [--output host_time.json]
 
 Matrices are so small that a token takes the host's time: products take next to nothing on a CPU, and on a GPU they end
-before the next is launched. "call" is one layer called again and again; "token" a step of a Llama in `generate`, where
-the processor's caches have seen other code in between; the rows take turns. `--profile` lists the functions of a packed
-model's steps by their own time.
+before the next is launched. "call" is one layer called again and again, "siblings" query, key and value of one input,
+"token" a step of a Llama in `generate`, where the processor's caches have seen other code in between; the rows take
+turns. `--profile` lists the functions of a packed model's steps by their own time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import pstats
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,14 @@ def token_us(found: dict[str, Any], device: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def call_us(layer: nn.Module, device: str) -> float:
-    """Microseconds of a call with one token ``[1, 1, columns]``."""
-    x = torch.randn(1, 1, layer.in_features, dtype=torch.bfloat16, device=device)
+def call_us(layers: Sequence[nn.Module], device: str) -> float:
+    """Microseconds of a call of each layer with one token ``[1, 1, columns]``."""
+    x = torch.randn(1, 1, layers[0].in_features, dtype=torch.bfloat16, device=device)
 
     def calls() -> None:
         for _ in range(CALLS):
-            layer(x)
+            for layer in layers:
+                layer(x)
 
     return 1e6 * statistics.median([seconds(calls, device) for _ in range(1 + ROUNDS)][1:]) / CALLS
 
@@ -96,7 +97,9 @@ def measure(layers: int, device: str) -> dict[str, Any]:
     rows = {name: {"token_us": us} for name, us in token_us(found, device).items()}
     packed = sum(isinstance(module, PackedModule) for module in found["4 bits"].modules())
     for name, row in rows.items():
-        row["call_us"] = call_us(found[name].model.layers[0].self_attn.o_proj, device)
+        attention = found[name].model.layers[0].self_attn
+        row["call_us"] = call_us([attention.o_proj], device)
+        row["siblings_us"] = call_us([attention.q_proj, attention.k_proj, attention.v_proj], device)
         row["layer_us"] = (row["token_us"] - rows["bfloat16"]["token_us"]) / packed
     return {"device": device, "layers": layers, "packed": packed, "rows": rows}
 

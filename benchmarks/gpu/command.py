@@ -71,9 +71,8 @@ def product_rows(options: argparse.Namespace, bandwidth: float) -> Iterator[dict
 def model_rows(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
     """Of every shape all variants."""
     for shape in options.models:
-        for variant in models.VARIANTS:
-            if options.variants is None or variant.name.startswith(options.variants):
-                yield models.measure(shape, variant, bandwidth, options.generate if variant.generates else ())
+        chosen = [v for v in models.VARIANTS if options.variants is None or v.name.startswith(options.variants)]
+        yield from models.measure(shape, chosen, bandwidth, options.generate)
 
 
 def main(description: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from gpu.timing import microseconds
 
 PROMPT, NEW_TOKENS = 128, 32
+TURNS = 7
 _ROUNDS, _GRAPH_STEPS = 3, 8
 _CACHE = 256  # tokens that the static cache of a graph has room for: the prompt and every replay
 # Arguments of generate by how it is called: with a cache that grows, layer by layer from Python; with CUDA graphs.
@@ -60,18 +62,25 @@ def prefill(model: Any, tokens: int) -> float:
     return tokens / statistics.median(times[1:])
 
 
-def generate(model: Any, arguments: dict[str, Any]) -> dict[str, float]:
-    """A greedy continuation of one prompt: tokens per second after the first, of the faster of two calls.
+def generate(models: Mapping[str, Any], arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Greedy continuations of one prompt by several models, which take turns: name -> what was measured.
 
-    "first_call_s" is what a call before these took, compiling included. Nothing is profiled here: a profiler of the GPU
-    makes every later launch of the process dearer, those of other models, too.
+    "tokens_per_s" are those after the first, of the fastest of TURNS calls, "turns" of each: the speed of a shared
+    machine's processor changes from one second to the next. "first_call_s" is what a call before these took, compiling
+    included. Nothing is profiled here: a profiler of the GPU makes every later launch of the process dearer, those of
+    other models, too.
     """
-    begun = time.perf_counter()
-    _continue(model, TokenClock(), arguments)
-    first, clocks = time.perf_counter() - begun, (TokenClock(), TokenClock())
-    for clock in clocks:
-        _continue(model, clock, arguments)
-    return {"tokens_per_s": 1 / min(clock.seconds() for clock in clocks), "first_call_s": first}
+    found: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        begun = time.perf_counter()
+        _continue(model, TokenClock(), arguments)
+        found[name] = {"first_call_s": time.perf_counter() - begun, "turns": []}
+    for _ in range(TURNS):
+        for name, model in models.items():
+            clock = TokenClock()
+            _continue(model, clock, arguments)
+            found[name]["turns"].append(1 / clock.seconds())
+    return {name: {"tokens_per_s": max(row["turns"]), **row} for name, row in found.items()}
 
 
 def _continue(model: Any, clock: TokenClock, arguments: dict[str, Any]) -> None:

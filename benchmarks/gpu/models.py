@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,13 +50,37 @@ VARIANTS = (
 
 
 @torch.no_grad()
-def measure(shape: str, variant: Variant, bandwidth: float, ways: Sequence[str]) -> dict[str, Any]:
-    """Seconds, tokens/s and bytes of one model, with `generate` in some ways; what fails says so in its place.
+def measure(shape: str, variants: Sequence[Variant], bandwidth: float, ways: Sequence[str]) -> list[dict[str, Any]]:
+    """Seconds, tokens/s and bytes of a shape's models, with `generate` in some ways; what fails says so in its place.
 
     "bound" is how many tokens/s reading every weight once would allow at the bandwidth, in bytes per microsecond; keys
     and values are left out. "memory_bytes" are of weights, "prefill_peak_bytes" of the longest prompt.
     """
-    _empty_device()
+    rows: dict[str, dict[str, Any]] = {}
+    generating: dict[str, Any] = {}
+    for variant in variants:
+        _empty_device()
+        before = torch.cuda.memory_allocated()
+        row, model = _packed(shape, variant)
+        rows[variant.name] = row | facts(model, bandwidth, before) | speeds(model, before)
+        if variant.generates:
+            generating[variant.name] = model
+        del model
+    for way in ways:
+        for models in _taking_turns(way, generating):
+            torch.compiler.reset()
+            for name, found in _told(generate, models, GENERATE[way], names=models).items():
+                rows[name][way] = found
+    return list(rows.values())
+
+
+def _taking_turns(way: str, models: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Together where Python is what takes the time; what is compiled is one model's at a time."""
+    return [dict(models)] if way == "eager" else [{name: model} for name, model in models.items()]
+
+
+def _packed(shape: str, variant: Variant) -> tuple[dict[str, Any], Any]:
+    """The beginning of a row, and its model."""
     torch.manual_seed(0)
     row: dict[str, Any] = {"shape": shape, "variant": variant.name}
     with torch.device("cuda"):
@@ -67,26 +91,24 @@ def measure(shape: str, variant: Variant, bandwidth: float, ways: Sequence[str])
         model = hf_lowbit.quantize(model, hf_lowbit.RTNConfig(**variant.fields))
         torch.cuda.synchronize()
         row["pack_s"] = time.perf_counter() - begun
-    row |= facts(model, bandwidth)
-    row |= speeds(model, ways)
-    return row
+    return row, model
 
 
-def facts(model: Any, bandwidth: float) -> dict[str, Any]:
-    """Bytes, and the bound that they set."""
+def facts(model: Any, bandwidth: float, before: int) -> dict[str, Any]:
+    """Bytes, those that were allocated before left out, and the bound that they set."""
     gc.collect()  # floats that were packed
-    read = read_bytes(model)
-    return {"memory_bytes": torch.cuda.memory_allocated(), "read_bytes": read, "bound": bandwidth * 1e6 / read}
+    read, taken = read_bytes(model), torch.cuda.memory_allocated() - before
+    return {"memory_bytes": taken, "read_bytes": read, "bound": bandwidth * 1e6 / read}
 
 
-def speeds(model: Any, ways: Sequence[str]) -> dict[str, Any]:
-    """Tokens per second, and the peak of memory."""
+def speeds(model: Any, before: int) -> dict[str, Any]:
+    """Tokens per second but for `generate`, and the peak of memory."""
     torch.cuda.reset_peak_memory_stats()
     found: dict[str, Any] = {f"prefill_{tokens}": prefill(model, tokens) for tokens in PREFILLS}
-    found["prefill_peak_bytes"] = torch.cuda.max_memory_allocated()
+    found["prefill_peak_bytes"] = torch.cuda.max_memory_allocated() - before
     for batch in BATCHES:
         found[f"graph_{batch}"] = _told(graph_of_a_step, model, batch)
-    return found | {way: _told(generate, model, GENERATE[way]) for way in ways}
+    return found
 
 
 def read_bytes(model: torch.nn.Module) -> int:
@@ -98,11 +120,13 @@ def read_bytes(model: torch.nn.Module) -> int:
     return size
 
 
-def _told(call: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, Any]:
+def _told(call: Callable[..., dict[str, Any]], *arguments: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """What was measured, or how it failed: of each name, if there are some."""
     try:
         return dict(call(*arguments))
     except Exception as error:
-        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+        failed = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+        return failed if names is None else dict.fromkeys(names, failed)
 
 
 def _empty_device() -> None:

@@ -74,7 +74,7 @@ class Predictions:
         """
         self._batches, self._store = list(batches), store
         head = _head_of(model)
-        self._head = None if head is None else [p.data for p in (head.weight, head.bias) if isinstance(p, Tensor)]
+        self._head = None if head is None else [_alone(p.data) for p in (head.weight, head.bias) if isinstance(p, Tensor)]
         self._kept, self._sizes = [], []
         for batch in self._batches:
             size = samples_of(batch)
@@ -132,6 +132,12 @@ class Predictions:
 
     def _cut(self, piece: Piece) -> Batch:
         return part_of(self._batches[piece.batch], self._sizes[piece.batch], piece.samples)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of a part of something larger that would stay in memory with it: a mapped checkpoint."""
+    whole = tensor.untyped_storage().nbytes()
+    return tensor.clone() if whole > tensor.numel() * tensor.element_size() else tensor
 
 
 def samples_of(batch: Batch) -> int:
