@@ -103,7 +103,7 @@ def run(
     """Quantize in a fresh process, then judge."""
     output, facts = folder / "result", folder / "facts.json"
     order: dict[str, Any] = {
-        "model": str(task.model),
+        "model": str(task.model.absolute()),
         "data": str(task.data),
         "length": options.length,
         "output": str(output),
@@ -118,7 +118,8 @@ def run(
     is_peer = variant.method.startswith("peer:")
     if is_peer:
         peer = variant.method.removeprefix("peer:")
-        worker, python = f"peer_{peer}", options.peers / peer / "bin" / "python"  # no file called as what it imports
+        worker = f"peer_{peer}"  # no file called as what it imports
+        python = options.peers.absolute() / peer / "bin" / "python"
     else:
         worker, python = "ours", Path(sys.executable)
         order["fields"] = {"bits": bits, "group_size": options.group, **task.fields, **variant.fields}
@@ -127,7 +128,9 @@ def run(
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     begun, used = time.monotonic(), _processor_seconds()
     command = [str(python), str(_HERE / "workers" / f"{worker}.py"), str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, cwd=folder
+    )  # where a peer leaves logs
     if result.returncode:
         return {"failed": (result.stderr or result.stdout)[-600:]}
     found = {

@@ -74,7 +74,9 @@ class Predictions:
         """
         self._batches, self._store = list(batches), store
         head = _head_of(model)
-        self._head = None if head is None else [_alone(p.data) for p in (head.weight, head.bias) if isinstance(p, Tensor)]
+        self._head = (
+            None if head is None else [_alone(p.data) for p in (head.weight, head.bias) if isinstance(p, Tensor)]
+        )
         self._kept, self._sizes = [], []
         for batch in self._batches:
             size = samples_of(batch)

@@ -35,6 +35,7 @@ _Measure = Callable[[Tensor, Grid], Tensor]  # weights [rows, groups, g] and the
 CANDIDATES = tuple(1 - 0.02 * step for step in range(1, 36))  # 0.98, 0.96, ... 0.30
 _COARSE = tuple(1 - 0.05 * step for step in range(1, 10))  # AWQ's
 _CHUNK_ELEMENTS = 1 << 18  # rows are searched in chunks: the temporaries of all candidates stay in the cache
+_CHUNKS_AT_ONCE = 4  # where a kernel needs no temporaries, and calls cost more
 
 
 def fit_range(grouped: Tensor, spec: WeightSpec, number_format: NumberFormat, importance: Tensor | None = None) -> Grid:
@@ -89,7 +90,7 @@ def search_grid(
             return rounding_errors(rows, *(t.expand(len(rows), 1) for t in grid), number_format, weights).sum(0, True)
         return rounding_errors(part, grid.scale, grid.zero_point, number_format, weights)
 
-    return _chunked(grouped, spec, number_format, weighted, candidates, end_candidates, width)
+    return _chunked(grouped, spec, number_format, weighted, candidates, end_candidates, width, _CHUNKS_AT_ONCE)
 
 
 def fit_output_error(hessian: Tensor, spec: WeightSpec) -> GridFit:
@@ -124,9 +125,10 @@ def _chunked(
     factors: Sequence[float],
     end_factors: Sequence[float],
     width: int = 1,
+    at_once: int = 1,
 ) -> Grid:
     """Search in chunks of rows; one group for all is measured in pieces of a multiple of ``width`` weights."""
-    step = max(1, _CHUNK_ELEMENTS // max(1, grouped[0].numel()))
+    step = max(1, at_once * _CHUNK_ELEMENTS // max(1, grouped[0].numel()))
     piece = width * max(1, _CHUNK_ELEMENTS // width)
 
     def search(chunk: Tensor) -> Grid:

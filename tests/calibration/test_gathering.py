@@ -43,9 +43,7 @@ def gathered(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     spec = LayerSpec(weight=WeightSpec(bits=4, group_size=8))
     matrices: dict[str, Matrix] = {
-        matrix.key: matrix
-        for name in names
-        for matrix in matrices_of(name, chain.get_submodule(name), "linear", spec)
+        matrix.key: matrix for name in names for matrix in matrices_of(name, chain.get_submodule(name), "linear", spec)
     }
     statistics = {key: Hessian(8) for key in matrices}
     gathering = Gathering(chain, matrices, statistics)
