@@ -73,6 +73,8 @@ def _products(axes: Any, shape: tuple[int, ...], rows: Sequence[Mapping[str, Any
 def _models(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     for index, (way, colour) in enumerate(_COLOURS.items()):
         places = [place for place, row in enumerate(rows) if "tokens_per_s" in row.get(way, {})]
+        if not places:
+            continue
         speeds = [rows[place][way]["tokens_per_s"] for place in places]
         heights = [place + (index - 1) * _BAR for place in places]
         axes.barh(heights, speeds, height=_BAR, color=colour, label=WAYS[way])

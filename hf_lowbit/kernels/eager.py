@@ -14,9 +14,12 @@ def is_eager(x: Tensor) -> bool:
     False under torch.compile, export, make_fx and jit.trace, within torch.func's transforms and dispatch modes, and for
     subclasses of Tensor: kernels called by address would leave no trace there, or read what is not there.
     """
-    if torch.compiler.is_compiling() or type(x) not in _ORDINARY:
-        return False
-    return not (
+    return not torch.compiler.is_compiling() and is_untouched(x)
+
+
+def is_untouched(x: Tensor) -> bool:
+    """:func:`is_eager`, asked where nothing is compiled."""
+    return type(x) in _ORDINARY and not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()

@@ -74,19 +74,17 @@ def _find(x: Tensor, weights: Sequence[PackedTensor], backend: str | None) -> Pr
 
 
 def _launches(x: Tensor, matrices: Sequence[triton.Matrix]) -> Product | None:
-    """A launch for each matrix."""
+    """As few as there can be: matrices that are alike share one."""
     tokens, shapes = x.reshape(-1, x.shape[-1]), [(*x.shape[:-1], matrix.rows) for matrix in matrices]
-    prepared = [triton.prepare(tokens, matrix) for matrix in matrices]
-    launches = [launch for launch in prepared if launch is not None]
-    if len(launches) < len(matrices):
+    launch = triton.prepare(tokens, matrices)
+    if launch is None:
         return None
 
     def product(x: Tensor) -> list[Tensor]:
         if x.data_ptr() % triton.ALIGNMENT:
             x = x.clone()
-        results = [x.new_empty(shape) for shape in shapes]
-        for launch, result in zip(launches, results, strict=True):
-            launch(x, result)
+        results = [x.new_empty(*shape) for shape in shapes]  # sooner than of a tuple
+        launch(x, *results)
         return results
 
     return product

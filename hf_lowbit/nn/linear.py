@@ -115,11 +115,12 @@ class PackedLinear(PackedModule, nn.Linear):
         """Of the codes with what they read of the transformed input."""
         if torch.compiler.is_compiling():
             return self.multiply(x, self.packed())
-        known = None if self._last is None else self._last.of(self, x)
+        known = None if self._last is None else self._last.of((self,), x)
         if known is not None:
-            return known
+            return known[0]
         y = self.multiply(x, self.packed())
-        self._last = last_product(self, x) or self._last
+        if (last := last_product((self,), x)) is not None:  # else setting it would take longer than asking
+            self._last = last
         return y
 
     def _product(self, x: Tensor) -> Tensor:
@@ -133,16 +134,17 @@ class PackedLinear(PackedModule, nn.Linear):
 
     def unbiased(self, x: Tensor) -> Tensor:
         """The layer's output without its bias, of tokens that are none of them constant."""
-        if self.layer_spec.transform is not None:
+        spec = self.layer_spec
+        if spec.transform is not None:
             x = self.transformed(x)
         y = None if self.siblings is None else self.siblings.take(self, x)
         if y is None:
             y = self._product(x)
-        factors = self.low_rank_factors("weight", x.dtype)
+        factors = self.low_rank_factors("weight", x.dtype) if spec.low_rank else None
         if factors is not None:
             y = y + F.linear(F.linear(x, factors[0]), factors[1])
-        if self.layer_spec.transform is not None:
-            y = self.layer_spec.transform.outputs(y, self.transform_tensors())
+        if spec.transform is not None:
+            y = spec.transform.outputs(y, self.transform_tensors())
         return y
 
     def forward(self, x: Tensor) -> Tensor:

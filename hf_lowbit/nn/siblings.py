@@ -3,8 +3,7 @@
 The modules and their parameters stay what they are. The first sibling that is called on an input computes all of them
 in one call of the kernel and keeps the others' results for the moment. Nothing is wrong when that does not hold: a
 sibling called with another input, or changed input, computes its own result, and siblings that turn out not to share
-their input (cross-attention) stop trying. Layers with a transform, an exact part or a constant token compute alone; and
-on a GPU, where each is a launch of its own, all do.
+their input (cross-attention) stop trying. Layers with a transform, an exact part or a constant token compute alone.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_lowbit.kernels import is_eager, packed_linears
+from hf_lowbit.kernels import MOST_TOKENS, is_eager, packed_linears
+from hf_lowbit.nn.last_product import LastProduct, last_product
 
 if TYPE_CHECKING:
     from hf_lowbit.nn.linear import PackedLinear
@@ -28,7 +28,6 @@ SIBLING_NAMES = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
-MOST_TOKENS = 16  # beyond, a call's fixed cost no longer counts and the waiting results take memory
 
 
 class Siblings:
@@ -39,11 +38,12 @@ class Siblings:
         self._input: Tensor | None = None
         self._version = 0
         self._results: dict[int, Tensor] = {}  # by the identity of the member it is for
+        self._last: LastProduct | None = None
         self.active = True
 
     def take(self, member: PackedLinear, x: Tensor) -> Tensor | None:
         """The member's product with x, if siblings compute it; None if the member has to."""
-        if not self.active or torch.compiler.is_compiling() or not _is_suitable(x):
+        if not self.active or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             return None
         is_new = self._input is not x or self._version != x._version
         if is_new and not self._compute(x):
@@ -60,15 +60,25 @@ class Siblings:
             return False
         parent = self._parent()
         members: list[Any] = [] if parent is None else [parent._modules.get(name) for name in self._names]
-        if not members or not all(_is_untouched(member) for member in members):
-            return False
+        for member in members:
+            if not _is_untouched(member):
+                return False
+        results = None if self._last is None or x.is_inference() else self._last.of(members, x)
+        if results is None:
+            if not members or not _is_suitable(x):
+                return False
+            results = self._products(members, x)
+        self._input, self._version = x, x._version
+        self._results = {id(member): result for member, result in zip(members, results, strict=True)}
+        return True
+
+    def _products(self, members: list[Any], x: Tensor) -> list[Tensor]:
         first = members[0]
         scale, shift = first.input_scales("weight", x.shape[:-1])
         weights, sums = [member.packed() for member in members], [member.row_sums() for member in members]
         results = packed_linears(x, weights, first.layer_spec.activation, first.backend, scale, shift, sums)
-        self._input, self._version = x, x._version
-        self._results = {id(member): result for member, result in zip(members, results, strict=True)}
-        return True
+        self._last = last_product(members, x) or self._last
+        return results
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -127,8 +137,8 @@ def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _is_suitable(x: Tensor) -> bool:
-    few = not x.is_cuda and x.numel() <= MOST_TOKENS * x.shape[-1]
-    return few and not x.is_inference() and not (x.requires_grad and torch.is_grad_enabled()) and is_eager(x)
+    """Beyond some tokens a call's fixed cost no longer counts, and the waiting results take memory."""
+    return x.numel() <= MOST_TOKENS * x.shape[-1] and not x.is_inference() and is_eager(x)
 
 
 def _is_untouched(module: Any) -> bool:

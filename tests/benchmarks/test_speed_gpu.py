@@ -44,6 +44,26 @@ def test_a_token_reads_all_weights_but_an_embedding_that_is_only_looked_up(tied:
     assert read_bytes(packed) == weights // 2 + 2 * weights // 64 + 2 * 3 * 64  # codes, scales, norms
 
 
+def test_models_generate_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu import generating
+
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=1, intermediate_size=32, num_attention_heads=2, vocab_size=96
+    )
+    models = {name: LlamaForCausalLM(config).eval() for name in ("one", "other")}
+    called: list[str] = []
+    for name, model in models.items():
+        forward = model.generate
+        monkeypatch.setattr(model, "generate", lambda *a, n=name, f=forward, **k: called.append(n) or f(*a, **k))
+    monkeypatch.setattr(generating, "prompt_of", lambda *_: torch.ones(1, 4, dtype=torch.int64))
+    monkeypatch.setattr(generating, "NEW_TOKENS", 4)
+    monkeypatch.setattr(generating, "TURNS", 2)
+    found = generating.generate(models, {})
+    assert called == ["one", "other"] * 3
+    for row in found.values():
+        assert len(row["turns"]) == 2 and row["tokens_per_s"] == max(row["turns"]) > 0 and row["first_call_s"] > 0
+
+
 def report() -> dict[str, Any]:
     shape = {"shape": [64, 32], "bfloat16_us": 20.0}
     ours = [{**shape, "weight": "int4 g128", "tokens": n, "us": 5.0 * n, "kernel": "triton"} for n in (1, 4)]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hf_lowbit.formats import WeightSpec
+from hf_lowbit.kernels import cpu
 from hf_lowbit.nn import LayerSpec, PackedLinear, connect_siblings, disconnect_siblings
 from hf_lowbit.nn import siblings as module
 from hf_lowbit.rounding import round_to_nearest
@@ -61,6 +62,18 @@ def test_one_call_for_all_gives_the_same_bits(attention: Attention, calls: list[
         connect_siblings(attention)
         assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
     assert calls == [3, 3]
+
+
+@torch.no_grad()
+def test_the_next_token_takes_the_same_way(attention: Attention, calls: list[int]) -> None:
+    for _ in range(3):
+        x = torch.randn(1, 1, 64)
+        together = attention(x)
+        for name, y in zip(("q_proj", "k_proj", "v_proj"), together, strict=True):
+            layer = attention.get_submodule(name)
+            assert isinstance(layer, PackedLinear)
+            torch.testing.assert_close(y, nn.functional.linear(x, layer.dequantized(), layer.bias))
+    assert calls == ([3] if cpu.available() else [3] * 3)  # what is known is the native product
 
 
 @torch.no_grad()

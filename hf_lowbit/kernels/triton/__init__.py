@@ -6,6 +6,7 @@ Importing this does not import Triton: that happens when a kernel is first launc
 from hf_lowbit.kernels.triton.compiled import ALIGNMENT
 from hf_lowbit.kernels.triton.device import interpreted, runs_on, unavailable_because
 from hf_lowbit.kernels.triton.matrix import FLOAT_TYPES, Matrix, describe
+from hf_lowbit.kernels.triton.prepared import prepare
 from hf_lowbit.kernels.triton.products import (
     decode_rows,
     is_fused,
@@ -13,7 +14,6 @@ from hf_lowbit.kernels.triton.products import (
     linear_gradient,
     linear_of_codes,
     multiplies_codes,
-    prepare,
     quantize_tokens,
     quantizes,
 )

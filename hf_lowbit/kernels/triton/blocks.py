@@ -1,4 +1,4 @@
-"""Block shapes of the Triton kernels, as measured best on an H200 (benchmarks/speed_gpu.py): the one table of them."""
+"""The one table of block shapes of the Triton kernels, measured best on an H200 or H100 (benchmarks/speed_gpu.py)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ FUSED_TOKENS = {1: 16, 2: 16, 3: 8, 4: 64, 6: 8, 8: 64}
 
 DIGIT_TOKENS = 2  # as digits in the tensor cores for integers
 SLICE_BYTES = 64  # of a row: a load of 16 bytes for each of four threads
-DIGIT_PARTS = 16  # blocks that a token's digits are computed by
+DIGIT_PARTS, DIGIT_WARPS = 16, 16  # blocks that a token's digits are computed by, and their warps
+# Bytes of matrices from which digits save the GPU more than their launch more costs: where each launch takes Python 10
+# microseconds and more; and in a CUDA graph, where one launch of the fused kernel multiplies several matrices.
+EAGER_DIGITS_BYTES = 1 << 26
+JOINT_DIGITS_BYTES = 1 << 25
 
 WIDE_ROWS, WIDE_STAGES, WIDE_WARPS = 128, 3, 8  # of the kernel for some hundred tokens
+_FEWEST_BLOCKS, _MOST_BLOCKS, _FEWEST_SLICES = 100, 264, 14
+ADDED = 1024
 DECODED_ROWS, DECODED_CODES = 1, 4096
 RESCALED = 2048
 
 
 def fused_block(tokens: int, rows: int, bits: int, tiling: Tiling) -> dict[str, int]:
-    """Slices, rows and tokens of a block, stages and warps."""
-    many = rows >= _MANY_ROWS
+    """Slices, rows and tokens of a block, stages, tiles that are prefetched, warps, and the most registers."""
+    many, short = rows >= _MANY_ROWS, tiling.units == 16
     if words_of_unit(bits):
         return _block(4, 32 if many or tokens > 1 else 16, 8, 1 if bits == 3 and tokens > 1 else 2, 4)
     if tiling.scales_weights:
@@ -33,9 +39,14 @@ def fused_block(tokens: int, rows: int, bits: int, tiling: Tiling) -> dict[str, 
         return _block(4, 32, 16, 2, 4)
     if tokens > 16:
         return _block(4, 32, 32, 3, 4)
+    if bits == 4 and tokens > 1 and not short:
+        if tokens > 8 and many:
+            return _block(4, 32, 16, 3, 4, 2, 128)
+        if tokens > 8:
+            return _block(8, 32, 16, 3, 8, 2, 168) if tiling.group_slices else _block(8, 32, 16, 3, 4)
+        return _block(4, 32, 8, 3, 4, 1) if many else _block(8, 32, 8, 4, 4)
     if tokens > 8:
         return _block(4, 64, 16, 3, 4) if many else _block(8, 32, 16, 3, 4)
-    short = tiling.units == 16
     if many:
         return _block(4, 32, 8, 3, 4) if bits in (2, 8) else _block(8, 16 if short and tokens == 1 else 32, 8, 3, 4)
     if bits == 4:
@@ -48,27 +59,42 @@ def has_digits(tokens: int, bits: int, rows: int, row_slices: int, group_slices:
     many = rows >= _MANY_ROWS
     if tokens > DIGIT_TOKENS or not (bits == 4 or (bits == 8 and many)) or not (many or tokens == 1):
         return False
-    shape = digits_block(tokens, rows)
-    whole = rows % shape["ROWS"] == 0 and row_slices % (shape["SLICES"] * shape["BUFFERS"]) == 0
-    return whole and (group_slices == row_slices or shape["SLICES"] % group_slices == 0)
+    shape = digits_block(rows)
+    whole = rows % shape["ROWS"] == 0 and row_slices % shape["SLICES"] == 0
+    long = row_slices >= shape["SLICES"] * shape["AHEAD"]
+    return whole and long and (group_slices == row_slices or shape["SLICES"] % group_slices == 0)
 
 
-def digits_block(tokens: int, rows: int) -> dict[str, int]:
+def digits_block(rows: int) -> dict[str, int]:
     """Slices and rows of a block, tiles that are read ahead, and warps."""
-    slices, height, buffers, warps = (
-        (16, 16, 1, 16) if rows < _MANY_ROWS else (8, 32, 1, 4) if tokens == 1 else (4, 32, 2, 4)
-    )
-    return {"SLICES": slices, "ROWS": height, "BUFFERS": buffers, "num_warps": warps}
+    slices, height, ahead, warps = (16, 16, 1, 16) if rows < _MANY_ROWS else (4, 32, 2, 4)
+    return {"SLICES": slices, "ROWS": height, "AHEAD": ahead, "num_warps": warps}
 
 
-def is_wide(tokens: int, bits: int, rows: int, units: int) -> bool:
+def is_wide(tokens: int, bits: int, rows: int, units: int, slices: int) -> bool:
     """Whether the kernel for some hundred tokens is the fastest: there have to be blocks for most of the GPU.
 
     Where slices are short, their products wait for each other.
     """
     short = units < 32
-    least = 200 if short or (tokens <= 64 and bits != 4) else 100
-    return 32 < tokens <= (128 if short else 256) and rows // WIDE_ROWS >= least
+    if bits == 4 and not short:
+        enough = _wide_blocks(tokens, rows) * wide_parts(tokens, rows, bits, units, slices) >= _FEWEST_BLOCKS
+    else:
+        enough = rows // WIDE_ROWS >= (200 if short or tokens <= 64 else _FEWEST_BLOCKS)
+    return 32 < tokens <= (128 if short else 256) and enough
+
+
+def wide_parts(tokens: int, rows: int, bits: int, units: int, slices: int) -> int:
+    """Of the columns, so that there are two blocks for each multiprocessor, but none with too few slices."""
+    parts = 1
+    if bits == 4 and units == 32:
+        while 2 * parts * _wide_blocks(tokens, rows) <= _MOST_BLOCKS and slices // (2 * parts) >= _FEWEST_SLICES:
+            parts *= 2
+    return parts
+
+
+def _wide_blocks(tokens: int, rows: int) -> int:
+    return rows // WIDE_ROWS * -(-tokens // wide_tokens(tokens))
 
 
 def wide_tokens(tokens: int) -> int:
@@ -76,5 +102,8 @@ def wide_tokens(tokens: int) -> int:
     return 64 if tokens <= 64 else 128
 
 
-def _block(slices: int, rows: int, tokens: int, stages: int, warps: int) -> dict[str, int]:
-    return {"SLICES": slices, "ROWS": rows, "TOKENS": tokens, "STAGES": stages, "num_warps": warps}
+def _block(
+    slices: int, rows: int, tokens: int, stages: int, warps: int, prefetched: int = 0, registers: int | None = None
+) -> dict[str, int]:
+    shape = {"SLICES": slices, "ROWS": rows, "TOKENS": tokens, "STAGES": stages, "PREFETCHED": prefetched}
+    return {**shape, "num_warps": warps, **({} if registers is None else {"maxnreg": registers})}

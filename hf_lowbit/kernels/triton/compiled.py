@@ -7,6 +7,7 @@ take the GPU. Here it is gone once for each kernel, device, key, and kind of arg
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,44 +27,60 @@ class Plan(NamedTuple):
 
     grid: Grid
     numbers: tuple[float, ...]
-    constants: dict[str, Any]  # and num_warps, launch_pdl
+    constants: dict[str, Any]  # and num_warps, maxnreg, launch_pdl
 
 
 class Found(NamedTuple):
-    """A compiled kernel with its grid, and its arguments after those of a call."""
+    """What launches a compiled kernel: ``run(*grid, stream, *loaded, *arguments, *others)``, without launch hooks.
+
+    What ``compiled[grid]`` does around it takes longer than itself.
+    """
 
     run: Callable[..., None]
+    grid: Grid
+    loaded: tuple[Any, ...]
     others: tuple[Any, ...]
 
 
 _found: dict[tuple[Any, ...], Found] = {}
 
 
+class Step(NamedTuple):
+    """A launch, the addresses of its tensors between input and outputs, and which outputs are its own."""
+
+    found: Found
+    places: tuple[int | None, ...]
+    own: slice
+
+
 @dataclass(frozen=True)
 class Bound:
-    """Launches of a product, for other inputs and outputs.
+    """Launches of products with one input, for other inputs and outputs.
 
     Attributes:
-        steps: what is launched, and its tensors between the first and the last, by address.
+        steps: what is launched, each for some of the outputs.
         kept: tensors that must live as long; weights do not: who has them asks for new launches when they change.
-        between: bytes that a step gives to the next.
+        first, between: what makes of the input the bytes, and how many, that all steps read instead of it.
     """
 
-    steps: tuple[tuple[Found, tuple[int | None, ...]], ...]
+    steps: tuple[Step, ...]
     kept: tuple[Tensor | None, ...] = ()
+    first: Found | None = None
     between: int = 0
 
-    def __call__(self, x: Tensor, out: Tensor) -> None:
-        """Multiply inputs like those before, aligned and contiguous, into ``out``."""
-        with on_device_of(x):
-            stream = torch._C._cuda_getCurrentRawStream(x.get_device())
-            given = x
-            for (run, others), places in self.steps[:-1]:
-                result = torch.empty(self.between, dtype=torch.int8, device=x.device)
-                run(given.data_ptr(), *places, result.data_ptr(), *others, stream=stream)
-                given = result
-            (run, others), places = self.steps[-1]
-            run(given.data_ptr(), *places, out.data_ptr(), *others, stream=stream)
+    def __call__(self, x: Tensor, *out: Tensor) -> None:
+        """Multiply inputs like those before, aligned and contiguous, into ``out``: one for each matrix."""
+        device = x.get_device()
+        if device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self(x, *out)
+        stream, given = torch._C._cuda_getCurrentRawStream(device), x
+        if self.first is not None:
+            run, grid, loaded, others = self.first
+            given = torch.empty(self.between, dtype=torch.int8, device=x.device)
+            run(*grid, stream, *loaded, x.data_ptr(), given.data_ptr(), *others)
+        for (run, grid, loaded, others), places, own in self.steps:
+            run(*grid, stream, *loaded, given.data_ptr(), *places, *[one.data_ptr() for one in out[own]], *others)
 
 
 def addresses(tensors: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
@@ -85,7 +102,8 @@ def launch(
         whole = (kernel, on.get_device(), *key, *_kinds(arguments))
         found = _found.get(whole)
         if found is not None:
-            found.run(*arguments, *found.others)
+            stream = torch._C._cuda_getCurrentRawStream(on.get_device())
+            found.run(*found.grid, stream, *found.loaded, *arguments, *found.others)
             return found
         grid, numbers, constants = plan()
         compiled = kernel[grid](*arguments, *numbers, **constants)
@@ -94,8 +112,26 @@ def launch(
         if len(_found) >= _MOST_FOUND:
             _found.clear()
         names = kernel.arg_names[len(arguments) + len(numbers) :]
-        found = _found[whole] = Found(compiled[grid], (*numbers, *(constants[name] for name in names)))
+        others = *numbers, *(constants[name] for name in names)
+        found = _found[whole] = Found(*_direct(compiled, grid), others)
         return found
+
+
+def _direct(compiled: Any, grid: Grid) -> tuple[Callable[..., None], Grid, tuple[Any, ...]]:
+    """The function in C that Triton's launcher calls, and what it is given before a kernel's own arguments.
+
+    Launchers differ between versions, but all they do in Python is to find memory that some kernels need at every
+    launch: one that is asked what it would call tells. Where that is not so, it is the launcher itself.
+    """
+    launcher, loaded = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
+    told: list[tuple[Any, ...]] = []
+    if hasattr(launcher, "launch"):
+        asked = copy(launcher)
+        asked.launch = lambda *given: told.append(given)
+        asked(*grid, 0, *loaded)
+    if not told or told[0][:4] != (*grid, 0) or any(isinstance(value, Tensor) for value in told[0]):
+        return launcher, grid, loaded
+    return launcher.launch, grid, told[0][4:]
 
 
 def _kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment"
 """The Triton kernels for one or two tokens: integer weights times inputs as digits, in the tensor cores for integers.
 
 A product with one token leaves seven of the tensor cores' eight columns empty. So an input is written as an integer of
@@ -7,11 +7,13 @@ its own: as exact as float32 sums of inputs in 16 bits are. Weights become bytes
 take, with nothing to correct afterwards: code - 2^(bits - 1), times 2^(8 - bits), is the code's bits moved to the top
 of a byte whose highest bit is flipped. Sums of products within a group are exact integers.
 
-Weights do not depend on the kernels before: they are on their way while the inputs' digits are computed.
+Weights do not depend on the kernels before: they are on their way while the inputs' digits are computed. In the loop
+some tiles are always on their way, too: left to itself, the compiler asks for one when that before is multiplied.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from hf_lowbit.kernels.triton.fused import follow
 
@@ -25,11 +27,15 @@ _BALANCE = tl.constexpr(0x00808080)  # makes the lower three of an integer's byt
 def to_digits(
     x_ptr, digits_ptr, columns,
     PIECES: tl.constexpr, ALL: tl.constexpr, PART: tl.constexpr, TOKENS: tl.constexpr, DEPENDENT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """x ``[tokens, columns]`` to bytes ``[tokens, digits, PIECES, columns / PIECES]``, and a float32 factor per token.
 
-    The factors lie behind the digits. What belongs to the i-th codes of all bytes of weights is the i-th piece.
+    The factors lie behind the digits. What belongs to the i-th codes of all bytes of weights is the i-th piece. EARLY:
+    the kernel that follows may read weights while the one ahead of this still runs.
     """
+    if EARLY:
+        gdc_launch_dependents()
     follow(DEPENDENT)
     token = tl.program_id(0)
     x_ptr += token.to(tl.int64) * columns
@@ -60,8 +66,13 @@ def bytes_of(words, SLICES: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexp
 
 
 @triton.jit
+def read_tile(words_ptr, scale_ptr, places, scales):
+    return tl.load(words_ptr + places), tl.load(tl.max_contiguous(scale_ptr + scales, [1, 1, 1, 1]))
+
+
+@triton.jit
 def add_product(
-    total, words, scale, place, ROW: tl.constexpr, BITS: tl.constexpr, HOW: tl.constexpr,
+    total, tile, place, ROW: tl.constexpr, BITS: tl.constexpr, HOW: tl.constexpr,
     SLICES: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """A tile's, times scales. Sums do not depend on their order: every thread multiplies what it has read.
@@ -69,7 +80,7 @@ def add_product(
     HOW: instructions that make bytes of words, and their operands; None where these are interpreted.
     """
     RUN: tl.constexpr = UNITS // 32
-    words = tl.reshape(tl.permute(words, (1, 2, 0, 3)), [SLICES, ROWS, 4, RUN, 2])
+    words = tl.reshape(tl.permute(tile[0], (1, 2, 0, 3)), [SLICES, ROWS, 4, RUN, 2])
     words = tl.reshape(tl.permute(words, (0, 1, 3, 2, 4)), [SLICES, ROWS, UNITS // 4])
     dots = tl.zeros([SLICES, ROWS, _COLUMNS], tl.int32)
     if HOW is not None:
@@ -84,7 +95,7 @@ def add_product(
         else:
             values = ((words << (8 - BITS * (i + 1))) & ~(((1 << (8 - BITS)) - 1) * 0x01010101)) ^ _HIGHEST_BITS
         dots = tl.dot(bytes_of(values, SLICES, ROWS, UNITS), x, dots, out_dtype=tl.int32)
-    scale = tl.reshape(tl.permute(scale, (2, 3, 1, 0)), [SLICES, ROWS, 4, 1])
+    scale = tl.reshape(tl.permute(tile[1], (2, 3, 1, 0)), [SLICES, ROWS, 4, 1])
     scale = tl.reshape(tl.broadcast_to(scale, [SLICES, ROWS, 4, 2]), [SLICES, ROWS, _COLUMNS])
     return total + dots.to(tl.float32) * scale.to(tl.float32)
 
@@ -94,16 +105,17 @@ def multiply_digits(
     digits_ptr, words_ptr, scale_ptr, out_ptr, rows,
     ROW: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, HOW: tl.constexpr, SCALE: tl.constexpr,
     GROUP_SLICES: tl.constexpr, TOKENS: tl.constexpr, DEPENDENT: tl.constexpr,
-    SLICES: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, BUFFERS: tl.constexpr,
+    SLICES: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Digits of :func:`to_digits` times packed codes, rows of ROW bytes: ``[tokens, rows]``.
 
-    Slices are of UNITS bytes, within one group of weights. The axes of what is loaded are in the order in which the
-    compiler hands them to threads, then warps: as the tensor cores want them, so that nothing goes through shared
-    memory.
+    Slices are of UNITS bytes, within one group of weights; AHEAD tiles are read before they are multiplied. The axes of
+    what is loaded are in the order in which the compiler hands them to threads, then warps: as the tensor cores want
+    them, so that nothing goes through shared memory.
     """
     TILE: tl.constexpr = SLICES * UNITS
     STEP: tl.constexpr = SLICES // GROUP_SLICES  # groups
+    LAST: tl.constexpr = ROW // TILE - AHEAD  # tiles that are read before the loop ends
     first = tl.program_id(0).to(tl.int64) * ROWS
     g = tl.arange(0, 8)[:, None, None, None]
     s = tl.arange(0, SLICES)[None, :, None, None]
@@ -122,30 +134,17 @@ def multiply_digits(
     scales = (h * 8 + g) * GROUPS + s // GROUP_SLICES + q * 0
     scale_ptr = scale_ptr.to(tl.pointer_type(SCALE)) + first * GROUPS
     total = tl.zeros([SLICES, ROWS, _COLUMNS], tl.float32)
-    words = tl.load(words_ptr + places)
-    scale = tl.load(tl.max_contiguous(scale_ptr + scales, [1, 1, 1, 1]))
-    if BUFFERS == 2:
-        other_words = tl.load(words_ptr + places + TILE // 4)
-        other_scale = tl.load(tl.max_contiguous(scale_ptr + scales + STEP, [1, 1, 1, 1]))
+    tiles = (read_tile(words_ptr, scale_ptr, places, scales),)
+    for i in tl.static_range(1, AHEAD):
+        tiles = tiles + (read_tile(words_ptr + i * (TILE // 4), scale_ptr + i * STEP, places, scales),)
     follow(DEPENDENT)
-    for _ in tl.range(0, ROW // (TILE * BUFFERS) - 1, num_stages=1):
-        words_ptr += BUFFERS * TILE // 4
-        scale_ptr += BUFFERS * STEP
-        total = add_product(total, words, scale, digits_ptr + inputs, ROW, BITS, HOW, SLICES, ROWS, UNITS)
-        words = tl.load(words_ptr + places)
-        scale = tl.load(tl.max_contiguous(scale_ptr + scales, [1, 1, 1, 1]))
-        if BUFFERS == 2:
-            place = digits_ptr + inputs + TILE
-            total = add_product(total, other_words, other_scale, place, ROW, BITS, HOW, SLICES, ROWS, UNITS)
-            other_words = tl.load(words_ptr + places + TILE // 4)
-            other_scale = tl.load(tl.max_contiguous(scale_ptr + scales + STEP, [1, 1, 1, 1]))
-        digits_ptr += BUFFERS * TILE
-    total = add_product(total, words, scale, digits_ptr + inputs, ROW, BITS, HOW, SLICES, ROWS, UNITS)
-    if BUFFERS == 2:
-        total = add_product(
-            total, other_words, other_scale, digits_ptr + inputs + TILE, ROW, BITS, HOW, SLICES, ROWS, UNITS
-        )
-    digits_ptr -= ROW - BUFFERS * TILE
+    for i in tl.range(0, LAST, num_stages=1):
+        later = read_tile(words_ptr + (i + AHEAD) * (TILE // 4), scale_ptr + (i + AHEAD) * STEP, places, scales)
+        total = add_product(total, tiles[0], digits_ptr + i * TILE + inputs, ROW, BITS, HOW, SLICES, ROWS, UNITS)
+        tiles = tiles[1:] + (later,)
+    for i in tl.static_range(AHEAD):
+        place = digits_ptr + (LAST + i) * TILE + inputs
+        total = add_product(total, tiles[i], place, ROW, BITS, HOW, SLICES, ROWS, UNITS)
     factors_ptr = (digits_ptr + TOKENS * DIGITS * (ROW * 8 // BITS)).to(tl.pointer_type(tl.float32))
     column = tl.arange(0, _COLUMNS)[None, None, :]
     weight = ((119 + BITS + 8 * (column % DIGITS)) << 23).to(tl.float32, bitcast=True)  # 2^(8 digit + bits - 8)

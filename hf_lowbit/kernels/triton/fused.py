@@ -22,6 +22,20 @@ def follow(DEPENDENT: tl.constexpr):
         gdc_launch_dependents()
 
 
+_LINE = tl.constexpr(128)  # bytes
+
+
+@triton.jit
+def prefetch(words_ptr, words, last, ROWS: tl.constexpr, LENGTH: tl.constexpr):
+    """LENGTH bytes of ROWS rows of so many words, up to the last, to the second-level cache: stale they cannot be."""
+    LINES: tl.constexpr = LENGTH // _LINE
+    line = tl.arange(0, ROWS * LINES)
+    place = words_ptr + tl.minimum(line // LINES, last) * words + line % LINES * (_LINE // 4)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", (place.to(tl.int64),), dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit
 def read_units(words_ptr, row, unit, known, words, WORDS: tl.constexpr, WHOLE: tl.constexpr):
     """Chunks, or the three words of each unit."""
@@ -79,35 +93,59 @@ def finish(
 
 
 @triton.jit
+def pick(place, first, second, third):
+    """One of two or three."""
+    if third is not None:
+        second = tl.where(place == 2, third, second)
+    return tl.where(place == 0, first, second)
+
+
+@triton.jit
 def fused(
-    x_ptr, words_ptr, scale_ptr, zero_ptr, table_ptr, grid_ptr, x_scale_ptr, out_ptr,
-    tokens, rows, units, words, groups, zero_words, scale_stride, x_stride, step, offset,
+    x_ptr, words_ptr, scale_ptr, zero_ptr, words_1, scale_1, zero_1, words_2, scale_2, zero_2,
+    table_ptr, grid_ptr, x_scale_ptr, out_ptr, out_1, out_2, tokens, rows, rows_1, rows_2,
+    units, words, groups, zero_words, scale_stride, x_stride, step, offset,
     BITS: tl.constexpr, COUNT: tl.constexpr, INSTRUCTIONS: tl.constexpr, OPERANDS: tl.constexpr,
     OFFSET: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr,
     X_SCALE: tl.constexpr, SUMS: tl.constexpr, GROUP_SLICES: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
     WHOLE: tl.constexpr, SINGLE: tl.constexpr, DEPENDENT: tl.constexpr, WORDS: tl.constexpr,
     SLICES: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    PREFETCHED: tl.constexpr,
 ):  # fmt: skip
-    """Inputs ``[tokens, columns]`` times packed codes: ``[tokens, rows]``.
+    """Inputs ``[tokens, columns]`` times packed codes: ``[tokens, rows]``, of one matrix or of up to three.
+
+    The others differ from the first in their rows alone; None where there are none.
 
     Slices lie within one group of weights (GROUP_SLICES of them make one; 0: a row is a group), or have PARTS of them,
     so that scales multiply float32 sums and not weights; and so do ``step``, ``offset`` and zero points, the latter two
     times the sum of the inputs (SUMS). Or slices have several groups (SCALED, that many), and weights are multiplied by
     their scales as they are unpacked, and rounded. ``table_ptr`` is of the inputs' type, ``grid_ptr`` float32. WHOLE:
-    rows end with a tile.
+    rows end with a tile. PREFETCHED: so many tiles are fetched while the kernel ahead still runs.
     """
-    follow(DEPENDENT)
     PER_LOAD: tl.constexpr = min(COUNT, 4)
     LOADS: tl.constexpr = COUNT // PER_LOAD
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     SHAPE: tl.constexpr = [SLICES, UNITS, TOKENS]
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    block = tl.program_id(0)
+    if words_1 is not None:
+        second = tl.cdiv(rows, ROWS)
+        third = second + tl.cdiv(rows_1, ROWS)
+        which = (block >= second).to(tl.int32) + (block >= third)
+        block -= pick(which, 0, second, third)
+        words_ptr, scale_ptr = pick(which, words_ptr, words_1, words_2), pick(which, scale_ptr, scale_1, scale_2)
+        out_ptr, rows = pick(which, out_ptr, out_1, out_2), pick(which, rows, rows_1, rows_2)
+        if zero_ptr is not None:
+            zero_ptr = pick(which, zero_ptr, zero_1, zero_2)
+    first = block.to(tl.int64) * ROWS
     s = tl.arange(0, SLICES)[:, None, None]
     r = tl.minimum(tl.arange(0, ROWS), (rows - 1 - first).to(tl.int32))[None, :, None]  # past the last: not stored
     m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[None, None, :]
     across = tl.arange(0, UNITS)[None, None, :]
     down = tl.arange(0, UNITS)[None, :, None]
     words_ptr += first * words
+    if PREFETCHED > 0:
+        prefetch(words_ptr, words, (rows - 1 - first).to(tl.int32), ROWS, PREFETCHED * SLICES * UNITS * 2)
+    follow(DEPENDENT)
     inputs_ptr = x_ptr.to(tl.pointer_type(tl.int64 if PER_LOAD == 4 else tl.int32))
     scales_ptr = scale_ptr.to(tl.pointer_type(SCALE)) + first * scale_stride
     ones = tl.full([SLICES, ROWS, UNITS], 1.0, tl.float32).to(TYPE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -11,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowbit.kernels.triton import blocks
-from hf_lowbit.kernels.triton.compiled import ALIGNMENT, Bound, Found, Plan, addresses, launch
+from hf_lowbit.kernels.triton.compiled import ALIGNMENT, Bound, Found, Plan, Step, addresses, launch
 from hf_lowbit.kernels.triton.decode import decode_rows, rescale
 from hf_lowbit.kernels.triton.device import interpreted
 from hf_lowbit.kernels.triton.digits import DIGITS, multiply_digits, to_digits
@@ -19,49 +21,84 @@ from hf_lowbit.kernels.triton.fused import fused
 from hf_lowbit.kernels.triton.matrix import Matrix, Tiling
 from hf_lowbit.kernels.triton.quantize import quantize
 from hf_lowbit.kernels.triton.unpack import codes_of_unit, octets, words_of_unit
-from hf_lowbit.kernels.triton.wide import arrange, wide
+from hf_lowbit.kernels.triton.wide import add_parts, arrange, wide
 
 _SCALES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
 _ARRANGED = 256  # chunks of a block
+MOST_TOGETHER = 3  # matrices of one launch
 
 
-def launch_fused(x: Tensor, matrix: Matrix, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x ``[tokens, columns]`` of a 16-bit type to ``[tokens, rows]`` in ``dtype``, times ``x_scale`` ``[tokens]``."""
-    return _launch_fused(x, matrix, x_scale, dtype)[0]
+def launch_fused(x: Tensor, matrices: Sequence[Matrix], x_scale: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """x ``[tokens, columns]`` of a 16-bit type to ``[tokens, rows]`` in ``dtype``, times ``x_scale`` ``[tokens]``.
+
+    Of up to MOST_TOGETHER matrices that are :func:`alike`, in one launch.
+    """
+    return _launch_fused(x, matrices, x_scale, dtype)[0]
 
 
-def bind_fused(x: Tensor, matrix: Matrix) -> Bound | None:
-    """The launch of :func:`launch_fused` for x, which it makes; None in the interpreter."""
-    _, found, tensors = _launch_fused(x, matrix, None, x.dtype)
-    return None if found is None else Bound(((found, addresses(tensors[1:-1])),), tensors[4:6])
+def alike(x: Tensor, matrix: Matrix) -> tuple[Any, ...]:
+    """What matrices have in common that are multiplied in one launch: their blocks, too, so that no bit changes."""
+    layout, packed = matrix.layout, matrix.packed
+    assert layout.tiling is not None
+    shape = blocks.fused_block(x.shape[0], matrix.rows, packed.spec.bits, layout.tiling)
+    return layout, packed.scale.shape[0] < matrix.rows, *shape.values()
+
+
+def bind_fused(x: Tensor, matrices: Sequence[Matrix]) -> Bound | None:
+    """Launches for x, which it makes, of matrices that are :func:`alike`: MOST_TOGETHER in one.
+
+    None in the interpreter.
+    """
+    steps: list[Step] = []
+    kept: list[Tensor | None] = []
+    for first in range(0, len(matrices), MOST_TOGETHER):
+        some = matrices[first : first + MOST_TOGETHER]
+        _, found, given = _launch_fused(x, some, None, x.dtype)
+        if found is None:
+            return None
+        absent = [None] * (MOST_TOGETHER - len(some))
+        found = found._replace(others=(*absent, *found.others))  # outputs come last of the tensors
+        steps.append(Step(found, addresses(given[1:]), slice(first, first + len(some))))
+        kept += given[-3:-1]
+    return Bound(tuple(steps), tuple(kept))
 
 
 def _launch_fused(
-    x: Tensor, matrix: Matrix, x_scale: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Found | None, tuple[Tensor | None, ...]]:
-    layout, packed = matrix.layout, matrix.packed
+    x: Tensor, matrices: Sequence[Matrix], x_scale: Tensor | None, dtype: torch.dtype
+) -> tuple[list[Tensor], Found | None, tuple[Tensor | None, ...]]:
+    """Outputs, the launch, and all its tensors before the outputs."""
+    matrix, absent = matrices[0], [None] * (MOST_TOGETHER - len(matrices))
+    layout = matrix.layout
     tiling = layout.tiling if x_scale is None else layout.exact_tiling
     assert tiling is not None
     x = _aligned(x)
-    out = torch.empty(x.shape[0], matrix.rows, dtype=dtype, device=x.device)
+    results = [torch.empty(x.shape[0], one.rows, dtype=dtype, device=x.device) for one in matrices]
     instructions = layout.scaled if tiling.scales_weights else layout.unpacking.instructions
-    tensors = (
-        x, packed.weight, packed.scale, packed.zero_point, None if instructions else matrix.table(x.dtype),
-        matrix.table(torch.float32) if layout.zero_kind == 2 and layout.offset is None else None, x_scale, out,
+    stored = [(one.packed.weight, one.packed.scale, one.packed.zero_point) for one in matrices]
+    given = (
+        x, *itertools.chain(*stored), *absent * 3, None if instructions else matrix.table(x.dtype),
+        matrix.table(torch.float32) if layout.zero_kind == 2 and layout.offset is None else None, x_scale,
     )  # fmt: skip
-    key = (layout, *out.shape, packed.scale.shape[0])
-    found = launch(fused, key, tensors, lambda: _fused_plan(x, matrix, tiling, instructions, x_scale is not None), x)
-    return out, found, tensors
+    key = (layout, matrix.packed.scale.shape[0], x.shape[0], *[one.rows for one in matrices])
+    found = launch(
+        fused, key, (*given, *results, *absent),
+        lambda: _fused_plan(x, matrices, tiling, instructions, x_scale is not None), x,
+    )  # fmt: skip
+    return results, found, given
 
 
-def _fused_plan(x: Tensor, matrix: Matrix, tiling: Tiling, instructions: str | None, has_x_scale: bool) -> Plan:
+def _fused_plan(
+    x: Tensor, matrices: Sequence[Matrix], tiling: Tiling, instructions: str | None, has_x_scale: bool
+) -> Plan:
+    matrix = matrices[0]
     layout, packed, unpacking = matrix.layout, matrix.packed, matrix.layout.unpacking
-    tokens, rows, bits = x.shape[0], matrix.rows, packed.spec.bits
-    shape = blocks.fused_block(tokens, rows, bits, tiling)
+    tokens, bits, rows = x.shape[0], packed.spec.bits, [one.rows for one in matrices]
+    shape = blocks.fused_block(tokens, rows[0], bits, tiling)
     count, words, groups = codes_of_unit(bits), packed.weight.shape[1], packed.scale.shape[1]
     units, scaled = matrix.columns // count, tiling.parts if tiling.scales_weights else 0
     numbers = (
-        tokens, rows, units, words, groups, _zero_words(matrix), 0 if packed.scale.shape[0] < rows else groups,
+        tokens, *rows, *[0] * (MOST_TOGETHER - len(rows)), units, words, groups, _zero_words(matrix),
+        0 if packed.scale.shape[0] < matrix.rows else groups,
         matrix.columns // min(4, count), unpacking.step, unpacking.offset,
     )  # fmt: skip
     constants = {
@@ -73,23 +110,34 @@ def _fused_plan(x: Tensor, matrix: Matrix, tiling: Tiling, instructions: str | N
         "WHOLE": units % (shape["SLICES"] * tiling.units) == 0, "SINGLE": tokens == 1, "UNITS": tiling.units,
         **shape, **_dependence(x.device),
     }  # fmt: skip
-    return Plan((triton.cdiv(rows, shape["ROWS"]), triton.cdiv(tokens, shape["TOKENS"]), 1), numbers, constants)
+    if not _overlaps(x.device) or shape["PREFETCHED"] * shape["SLICES"] * tiling.units > units:
+        constants["PREFETCHED"] = 0
+    every = sum(triton.cdiv(height, shape["ROWS"]) for height in rows)
+    return Plan((every, triton.cdiv(tokens, shape["TOKENS"]), 1), numbers, constants)
 
 
-def launch_digits(x: Tensor, matrix: Matrix) -> Tensor:
-    """x ``[tokens, columns]`` of a 16-bit type, one or two tokens, to ``[tokens, rows]`` in its type."""
-    return _launch_digits(x, matrix)[0]
+def launch_digits(x: Tensor, matrix: Matrix, recorded: bool) -> Tensor:
+    """x ``[tokens, columns]`` of a 16-bit type, one or two tokens, to ``[tokens, rows]`` in its type.
+
+    Args:
+        recorded: in a CUDA graph: weights were written before it begins, and need not wait for any of its kernels.
+    """
+    return _launch_digits(x, matrix, recorded)[0]
 
 
-def bind_digits(x: Tensor, matrix: Matrix) -> Bound | None:
-    """The launches of :func:`launch_digits` for x, which it makes; None in the interpreter."""
-    _, first, second, between = _launch_digits(x, matrix)
-    if first is None or second is None:
-        return None
-    return Bound(((first, ()), (second, addresses((matrix.packed.weight, matrix.packed.scale)))), (), between)
+def bind_digits(x: Tensor, matrices: Sequence[Matrix], recorded: bool) -> Bound | None:
+    """The launches of :func:`launch_digits` for x, which it makes, the digits' once; None in the interpreter."""
+    first, between, steps = None, 0, []
+    for place, matrix in enumerate(matrices):
+        _, first, second, between = _launch_digits(x, matrix, recorded)
+        if first is None or second is None:
+            return None
+        stored = addresses((matrix.packed.weight, matrix.packed.scale))
+        steps.append(Step(second, stored, slice(place, place + 1)))
+    return Bound(tuple(steps), (), first, between)
 
 
-def _launch_digits(x: Tensor, matrix: Matrix) -> tuple[Tensor, Found | None, Found | None, int]:
+def _launch_digits(x: Tensor, matrix: Matrix, recorded: bool) -> tuple[Tensor, Found | None, Found | None, int]:
     layout, packed, bits = matrix.layout, matrix.packed, matrix.packed.spec.bits
     x = _aligned(x)
     (tokens, columns), rows, pieces = x.shape, matrix.rows, 8 // bits
@@ -97,17 +145,18 @@ def _launch_digits(x: Tensor, matrix: Matrix) -> tuple[Tensor, Found | None, Fou
     between = tokens * (DIGITS.value * columns + torch.float32.itemsize)
     digits = torch.empty(between, dtype=torch.int8, device=x.device)
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    early = recorded and _overlaps(x.device)
 
     def plan_digits() -> Plan:
         part = triton.next_power_of_2(triton.cdiv(row, blocks.DIGIT_PARTS))
         constants = {
-            "PIECES": pieces, "ALL": triton.next_power_of_2(columns), "PART": part, "TOKENS": tokens, "num_warps": 8,
-            **_dependence(x.device),
+            "PIECES": pieces, "ALL": triton.next_power_of_2(columns), "PART": part, "TOKENS": tokens,
+            "EARLY": early, "num_warps": blocks.DIGIT_WARPS, **_dependence(x.device),
         }  # fmt: skip
         return Plan((tokens, triton.cdiv(row, part), 1), (columns,), constants)
 
     def plan_product() -> Plan:
-        shape = blocks.digits_block(tokens, rows)
+        shape = blocks.digits_block(rows)
         operands = ",".join(["=r"] * pieces + ["r"])
         constants = {
             "ROW": row, "GROUPS": groups, "BITS": bits, "HOW": None if interpreted() else (octets(bits), operands),
@@ -117,7 +166,7 @@ def _launch_digits(x: Tensor, matrix: Matrix) -> tuple[Tensor, Found | None, Fou
         return Plan((rows // shape["ROWS"], 1, 1), (rows,), constants)
 
     key = (layout, *out.shape)
-    first = launch(to_digits, key, (x, digits), plan_digits, x)
+    first = launch(to_digits, (*key, early), (x, digits), plan_digits, x)
     second = launch(multiply_digits, key, (digits, packed.weight, packed.scale, out), plan_product, x)
     return out, first, second, between
 
@@ -126,29 +175,37 @@ def launch_wide(x: Tensor, matrix: Matrix) -> Tensor:
     """x ``[tokens, columns]`` of the type of the matrix's scales to ``[tokens, rows]`` in it."""
     layout, packed, bits = matrix.layout, matrix.packed, matrix.packed.spec.bits
     x = _aligned(x)
-    tokens, rows, count = x.shape[0], matrix.rows, codes_of_unit(bits)
+    tokens, rows, count, tiling = x.shape[0], matrix.rows, codes_of_unit(bits), layout.tiling
+    assert tiling is not None
     chunks, key = matrix.columns // count, (layout, tokens, rows)
     arranged = torch.empty(count, tokens, chunks, dtype=x.dtype, device=x.device)
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    parts = blocks.wide_parts(tokens, rows, bits, tiling.units, chunks // tiling.units)
+    sums = torch.empty(parts, tokens, rows, device=x.device) if parts > 1 else out
 
     def plan_arrange() -> Plan:
         constants = {"COUNT": count, "BLOCK": _ARRANGED, **_dependence(x.device)}
         return Plan((tokens, triton.cdiv(chunks, _ARRANGED), 1), (tokens, chunks), constants)
 
     def plan_wide() -> Plan:
-        assert layout.tiling is not None
         of_block = blocks.wide_tokens(tokens)
         constants = {
             "BITS": bits, "COUNT": count, "INSTRUCTIONS": layout.scaled, "OPERANDS": _operands(bits, True),
-            "GROUP_SLICES": layout.tiling.group_slices, "ROWS": blocks.WIDE_ROWS, "CHUNKS": layout.tiling.units,
-            "TOKENS": of_block, "STAGES": blocks.WIDE_STAGES, "num_warps": blocks.WIDE_WARPS, **_dependence(x.device),
+            "GROUP_SLICES": tiling.group_slices, "ROWS": blocks.WIDE_ROWS, "CHUNKS": tiling.units, "TOKENS": of_block,
+            "PARTS": parts, "STAGES": blocks.WIDE_STAGES, "num_warps": blocks.WIDE_WARPS, **_dependence(x.device),
         }  # fmt: skip
         numbers = (tokens, rows, chunks, packed.weight.shape[1], packed.scale.shape[1])
-        return Plan((triton.cdiv(rows, blocks.WIDE_ROWS), triton.cdiv(tokens, of_block), 1), numbers, constants)
+        return Plan((triton.cdiv(rows, blocks.WIDE_ROWS), triton.cdiv(tokens, of_block), parts), numbers, constants)
+
+    def plan_sums() -> Plan:
+        constants = {"PARTS": parts, "BLOCK": blocks.ADDED, **_dependence(x.device)}
+        return Plan((triton.cdiv(tokens * rows, blocks.ADDED), 1, 1), (tokens * rows,), constants)
 
     table = None if layout.scaled else matrix.table(x.dtype)
     launch(arrange, key, (x, arranged), plan_arrange, x)
-    launch(wide, key, (arranged, packed.weight, packed.scale, table, out), plan_wide, x)
+    launch(wide, (*key, parts), (arranged, packed.weight, packed.scale, table, sums), plan_wide, x)
+    if parts > 1:
+        launch(add_parts, (tokens * rows, parts), (sums, out), plan_sums, x)
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from hf_lowbit.formats import ActivationSpec
 from hf_lowbit.formats.packed import from_bits
 from hf_lowbit.formats.spec import SCALE_DTYPES
+from hf_lowbit.kernels.triton import blocks
 from hf_lowbit.kernels.triton.blocks import DIGIT_TOKENS, FUSED_TOKENS, SLICE_BYTES, has_digits, is_wide
 from hf_lowbit.kernels.triton.device import interpreted
 from hf_lowbit.kernels.triton.matrix import FLOAT_TYPES, HALF_TYPES, Matrix
@@ -39,14 +40,14 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
         from hf_lowbit.kernels.triton.launch import launch_wide
 
         return launch_wide(x, matrix)
-    if suits_digits(x, matrix):
+    if takes_digits(x, (matrix,), recorded := is_recorded(x)):
         from hf_lowbit.kernels.triton.launch import launch_digits
 
-        return launch_digits(x, matrix)
-    if is_fused(matrix) and x.shape[0] <= _most_fused(matrix):
+        return launch_digits(x, matrix, recorded)
+    if suits_fused(x, matrix):
         from hf_lowbit.kernels.triton.launch import launch_fused
 
-        return launch_fused(x, matrix, None, x.dtype)
+        return launch_fused(x, (matrix,), None, x.dtype)[0]
     if matrix.rows <= _TILE_ROWS:
         return F.linear(x, decode_rows(matrix, slice(None), x.dtype))
     result = x.new_empty(x.shape[0], matrix.rows)
@@ -55,24 +56,27 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
     return result
 
 
-def prepare(x: Tensor, matrix: Matrix) -> Callable[[Tensor, Tensor], None] | None:
-    """f(x, out), which launches what :func:`linear` does for x ``[m, columns]``, on others of the same shape and type.
+def is_recorded(x: Tensor) -> bool:
+    """Whether what is launched goes into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
-    Their data have to be aligned to 16 bytes and contiguous, ``out`` ``[m, rows]`` likewise. The addresses of the
-    weights are kept, not the weights. x is multiplied once on the way.
 
-    Returns:
-        None where rows are decoded first, for middling numbers of tokens, and in the interpreter.
+def takes_digits(x: Tensor, matrices: Sequence[Matrix], recorded: bool) -> bool:
+    """Whether x and one matrix, or several that the fused kernel takes in one launch, are for the kernel for integers.
+
+    It takes the GPU a little less time than the fused kernel, and is one launch more. While a CUDA graph is recorded
+    that costs next to nothing. Layer after layer from Python it costs more than is saved, but for matrices so large
+    that Python waits for the GPU. So results outside of a graph and from it can differ in their last bits.
     """
-    if not x.shape[0] or suits_wide(x, matrix):
-        return None
-    from hf_lowbit.kernels.triton.launch import bind_digits, bind_fused
+    size = sum(matrix.packed.weight.nbytes for matrix in matrices)
+    least = blocks.EAGER_DIGITS_BYTES if not recorded else blocks.JOINT_DIGITS_BYTES if len(matrices) > 1 else 0
+    others = size < least and all(is_fused(matrix) for matrix in matrices)
+    return not others and all(suits_digits(x, matrix) for matrix in matrices)
 
-    if suits_digits(x, matrix):
-        return bind_digits(x, matrix)
-    if is_fused(matrix) and x.shape[0] <= _most_fused(matrix):
-        return bind_fused(x, matrix)
-    return None
+
+def suits_fused(x: Tensor, matrix: Matrix) -> bool:
+    """Whether x has few enough tokens for codes that are multiplied while they are read."""
+    return is_fused(matrix) and x.shape[0] <= _most_fused(matrix)
 
 
 def suits_digits(x: Tensor, matrix: Matrix) -> bool:
@@ -94,7 +98,10 @@ def suits_wide(x: Tensor, matrix: Matrix) -> bool:
     """Whether x has the number of tokens, and the matrix the layout and the size, for the kernel between the others."""
     layout, packed = matrix.layout, matrix.packed
     tiling, spec = layout.tiling, packed.spec
-    if tiling is None or tiling.parts > 1 or not is_wide(x.shape[0], spec.bits, matrix.rows, tiling.units):
+    if tiling is None or tiling.parts > 1:
+        return False
+    slices = matrix.columns * spec.bits // (CHUNK_BITS * tiling.units)
+    if not is_wide(x.shape[0], spec.bits, matrix.rows, tiling.units, slices):
         return False
     scales = spec.symmetric and SCALE_DTYPES[spec.scale_dtype] == x.dtype and packed.scale.shape[0] == matrix.rows
     whole = spec.bits in (2, 4, 8) and matrix.columns * spec.bits % (CHUNK_BITS * tiling.units) == 0
@@ -134,7 +141,7 @@ def linear_of_codes(codes: Tensor, scale: Tensor, matrix: Matrix, dtype: torch.d
     from hf_lowbit.kernels.triton.launch import launch_fused
 
     if codes.shape[0] <= _most_fused(matrix):
-        return launch_fused(codes.to(torch.bfloat16), matrix, scale.contiguous(), dtype)
+        return launch_fused(codes.to(torch.bfloat16), (matrix,), scale.contiguous(), dtype)[0]
     spec = matrix.packed.spec
     if spec.groups(matrix.columns) > 1 or not spec.symmetric or (matrix.columns | matrix.rows) % _UNIT_MULTIPLE:
         return None

@@ -2,7 +2,8 @@
 """The Triton kernel for some hundred tokens: weights decoded in registers, where Hopper's tensor cores take them.
 
 A block multiplies many rows by all its tokens, so that codes are unpacked once and inputs are read seldom. Inputs are
-put into the order of the codes first: the i-th codes of all chunks meet the i-th inputs.
+put into the order of the codes first: the i-th codes of all chunks meet the i-th inputs. Where rows are few, blocks
+take parts of their columns, whose sums another kernel adds, always in the same order.
 """
 
 import triton
@@ -27,11 +28,12 @@ def wide(
     x_ptr, words_ptr, scale_ptr, table_ptr, out_ptr, tokens, rows, chunks, words, groups,
     BITS: tl.constexpr, COUNT: tl.constexpr, INSTRUCTIONS: tl.constexpr, OPERANDS: tl.constexpr,
     GROUP_SLICES: tl.constexpr, DEPENDENT: tl.constexpr,
-    ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Arranged inputs ``[COUNT, tokens, chunks]`` times packed codes: ``[tokens, rows]``.
+    """Arranged inputs ``[COUNT, tokens, chunks]`` times packed codes: ``[PARTS, tokens, rows]``.
 
-    Slices of CHUNKS lie within one group of weights and make up rows. Weights times scales are rounded.
+    Slices of CHUNKS lie within one group of weights and make up rows, or PARTS of them. Weights times scales are
+    rounded.
     """
     follow(DEPENDENT)
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -43,7 +45,13 @@ def wide(
     words_ptr += first * words
     scale_ptr = scale_ptr.to(tl.pointer_type(TYPE)) + (first + r) * groups
     total = tl.zeros([ROWS, TOKENS], tl.float32)
-    for slice in tl.range(0, chunks // CHUNKS, num_stages=STAGES):
+    begin, end = 0, chunks // CHUNKS
+    if PARTS > 1:
+        part = tl.program_id(2)
+        begin = part * tl.cdiv(end, PARTS)
+        end = tl.minimum(begin + tl.cdiv(end, PARTS), end)
+        out_ptr += part * tokens.to(tl.int64) * rows
+    for slice in tl.range(begin, end, num_stages=STAGES):
         chunk = slice * CHUNKS
         codes = read_units(words_ptr, r, chunk + across, across >= 0, words, 0, True)
         scale = tl.load(scale_ptr + (slice // GROUP_SLICES if GROUP_SLICES > 0 else 0))
@@ -62,3 +70,14 @@ def wide(
             total = tl.dot(value, tl.load(place, mask=token < tokens, other=0.0), total)
     row = first + tl.arange(0, ROWS)[:, None]
     tl.store(out_ptr + token * rows + row, total.to(out_ptr.dtype.element_ty), mask=(token < tokens) & (row < rows))
+
+
+@triton.jit
+def add_parts(parts_ptr, out_ptr, size, DEPENDENT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """float32 ``[PARTS, size]`` to their sums."""
+    follow(DEPENDENT)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(parts_ptr + at, mask=at < size)
+    for i in tl.static_range(1, PARTS):
+        total += tl.load(parts_ptr + i * size.to(tl.int64) + at, mask=at < size)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < size)

@@ -6,6 +6,7 @@ if triton.unavailable_because() is not None:
     collect_ignore = [
         "test_products.py",
         "test_digits.py",
+        "test_together.py",
         "test_columns.py",
         "test_scan.py",
         "test_convolution.py",

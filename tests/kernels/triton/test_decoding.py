@@ -7,8 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.formats import PackedTensor, WeightSpec
+from hf_lowbit.kernels import triton
+from hf_lowbit.kernels.triton.compiled import Bound
+from hf_lowbit.kernels.triton.launch import launch_digits, launch_fused
+from hf_lowbit.kernels.triton.products import takes_digits
 from hf_lowbit.nn import LayerSpec, PackedLinear, connect_siblings
 from hf_lowbit.rounding import round_to_nearest
+from tests.kernels.cpu.matrices import random_packed
+from tests.kernels.triton.test_products import inputs, moved
 
 ROWS, COLUMNS = 96, 512
 SPECS = {
@@ -95,17 +101,74 @@ def test_streams_and_graphs_launch_where_they_are() -> None:
     assert torch.equal(y, layer(x)) and not torch.equal(y, expected)
 
 
+class Attention(nn.Module):
+    def __init__(self, *specs: WeightSpec) -> None:
+        super().__init__()
+        for seed, (name, spec) in enumerate(zip(("q_proj", "k_proj", "v_proj"), specs, strict=True)):
+            setattr(self, name, layer_of(spec, seed))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+
+
+ALIKE, OTHER = SPECS["int4"], SPECS["int8"]
+
+
+@pytest.mark.parametrize(
+    ("specs", "count"), (((ALIKE,) * 3, 1), ((ALIKE, OTHER, ALIKE), 2)), ids=("alike", "one other")
+)
 @torch.no_grad()
-def test_siblings_compute_alone() -> None:
-    """Each is a launch of its own: there is nothing to share."""
-
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q_proj, self.k_proj = layer_of(SPECS["int4"]), layer_of(SPECS["int4"], 1)
-
-    attention = Attention()
+def test_siblings_that_are_alike_are_one_launch(
+    specs: tuple[WeightSpec, ...], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention, made = Attention(*specs), list[Bound]()
+    x = token(0)
+    alone = attention(x)
     assert connect_siblings(attention) == 1
-    assert_right(attention.q_proj, x := token(1))
-    assert attention.q_proj.siblings is not None and not attention.q_proj.siblings._results
+    attention(x)  # is found
+    real = Bound.__call__
+
+    def counted(bound: Bound, *tensors: Tensor) -> None:
+        made.append(bound)
+        real(bound, *tensors)
+
+    monkeypatch.setattr(Bound, "__call__", counted)
+    for seed in (1, 0):
+        y = attention(token(seed))
+    assert torch.equal(y, alone)
+    assert len(made) == 2 * count and sum(len(bound.steps) for bound in made) == 2 * count
+    attention.k_proj.set_packed("weight", layer_of(specs[1], 7).packed())
     assert_right(attention.k_proj, x)
+
+
+@torch.no_grad()
+def test_siblings_in_a_graph() -> None:
+    attention, x = Attention(*(ALIKE,) * 3), token(0)
+    assert connect_siblings(attention) == 1
+    attention(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = attention(x)
+    for seed in (1, 2):
+        x.copy_(token(seed))
+        graph.replay()
+        torch.testing.assert_close(y, attention(token(seed)), rtol=2e-2, atol=0.02)
+
+
+@torch.no_grad()
+def test_a_graph_records_digits_and_python_launches_the_fused_kernel() -> None:
+    """Both are launched before a graph is recorded: compiled is nothing in it."""
+    matrix = triton.describe(moved(random_packed(64, 2048, bits=4, group_size=128)), torch.bfloat16)
+    x = inputs(1, 2048, torch.bfloat16)
+    assert matrix is not None
+    assert takes_digits(x, (matrix,), recorded=True) and not takes_digits(x, (matrix,), recorded=False)
+    launch, out, recorded = triton.prepare(x, (matrix,)), x.new_empty(1, 64), x.new_empty(1, 64)
+    assert launch is not None
+    launch(x, out)
+    assert torch.equal(out, launch_fused(x, (matrix,), None, x.dtype)[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch(x, recorded)
+        straight = triton.linear(x, matrix)
+    graph.replay()
+    assert torch.equal(recorded, launch_digits(x, matrix, recorded=True)) and torch.equal(straight, recorded)

@@ -19,9 +19,10 @@ ROWS, COLUMNS = 32, 1024
 @pytest.fixture(params=(1, 2), ids="{} ahead".format)
 def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every matrix is large enough."""
-    shape = {"SLICES": 2, "ROWS": 16, "BUFFERS": request.param, "num_warps": 2}
+    shape = {"SLICES": 2, "ROWS": 16, "AHEAD": request.param, "num_warps": 2}
     monkeypatch.setattr(blocks, "digits_block", lambda *_: shape)
     monkeypatch.setattr("hf_lowbit.kernels.triton.products.has_digits", lambda *_: True)
+    monkeypatch.setattr(blocks, "EAGER_DIGITS_BYTES", 0)
 
 
 def described(packed: PackedTensor, dtype: torch.dtype) -> triton.Matrix:

@@ -38,11 +38,11 @@ def test_prepared_launches_repeat_the_product(fields: dict[str, object]) -> None
     matrix = triton.describe(moved(random_packed(64, 2048, bits=4, **fields)), torch.bfloat16)
     assert matrix is not None
     for tokens in (1, 2, 16):
-        launch = triton.prepare(inputs(tokens, 2048).bfloat16(), matrix)
+        launch = triton.prepare(inputs(tokens, 2048).bfloat16(), (matrix,))
         assert launch is not None
         for seed in (1, 2):
             x = torch.randn(tokens, 2048, generator=torch.Generator().manual_seed(seed)).bfloat16().to(DEVICE)
             out = x.new_empty(tokens, 64)
             launch(x, out)
             torch.testing.assert_close(out, triton.linear(x, matrix), rtol=0, atol=0)
-    assert triton.prepare(inputs(300, 2048).bfloat16(), matrix) is None
+    assert triton.prepare(inputs(300, 2048).bfloat16(), (matrix,)) is None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, decode
 from hf_lowbit.kernels import kernel_of, packed_linear, packed_linears, quantize_tokens, triton
+from hf_lowbit.kernels.triton import blocks
 from hf_lowbit.kernels.triton.products import suits_wide
 from tests.kernels.cpu.matrices import FORMATS, random_packed
 
@@ -88,10 +89,11 @@ def test_scales_of_the_type_of_the_inputs(name: str, group_size: int | None) -> 
 
 
 @pytest.mark.parametrize("name", ("int2", "int4", "int8", "nf4"))
-@pytest.mark.parametrize("group_size", (None, 128, 256))
-def test_some_hundred_tokens(name: str, group_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On matrices that are large enough: here, all."""
+@pytest.mark.parametrize(("group_size", "parts"), ((None, 1), (128, 1), (256, 1), (128, 2), (256, 3)))
+def test_some_hundred_tokens(name: str, group_size: int | None, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On matrices that are large enough: here, all. Parts of their columns are summed apart."""
     monkeypatch.setattr("hf_lowbit.kernels.triton.products.is_wide", lambda *_: True)
+    monkeypatch.setattr(blocks, "wide_parts", lambda *_: parts)
     dtype = torch.float16 if triton.interpreted() else torch.bfloat16
     scale_dtype = str(dtype).removeprefix("torch.")
     packed = random_packed(130, 512, group_size=group_size, scale_dtype=scale_dtype, **FORMATS[name])
@@ -101,6 +103,14 @@ def test_some_hundred_tokens(name: str, group_size: int | None, monkeypatch: pyt
         x = inputs(tokens, 512, dtype)
         assert suits_wide(x, matrix)
         assert relative(triton.linear(x, matrix), x, packed) < TOLERANCE[dtype]
+
+
+def test_few_rows_are_multiplied_in_parts() -> None:
+    """As many as fill a GPU, of a dozen slices at least, and of 4 bits alone."""
+    assert [blocks.wide_parts(tokens, 4096, 4, 32, 112) for tokens in (64, 256)] == [8, 4]
+    assert [blocks.wide_parts(64, rows, 4, 32, 32) for rows in (4096, 14336, 28672)] == [2, 2, 1]
+    assert blocks.wide_parts(64, 4096, 8, 32, 112) == blocks.wide_parts(64, 4096, 4, 16, 224) == 1
+    assert blocks.is_wide(64, 4, 4096, 32, 112) and not blocks.is_wide(64, 4, 4096, 32, 32)
 
 
 def test_a_launch_found_before_is_found_for_the_same_arguments_only() -> None:
