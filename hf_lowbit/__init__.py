@@ -25,6 +25,7 @@ _LAZY = {
     "TuningConfig": "hf_lowbit.config",
     "add_elastic_connection": "hf_lowbit.integrations.elastic",
     "compare": "hf_lowbit.evaluation.pictures",
+    "compile_config": "hf_lowbit.integrations.compiling",
     "dequantize": "hf_lowbit.quantization",
     "export_model": "hf_lowbit.export",
     "load": "hf_lowbit.plain",

@@ -65,13 +65,9 @@ def smollm2() -> list[Variant]:
         "2 bits": _packed(bits=2, group_size=64),
     }
     rows = [Variant("smollm2", name, "lowbit", options) for name, options in ours.items()]
-    rows += [
-        Variant(
-            "smollm2", f"{name}, compiled", "lowbit", {**options, "compiled": True}, artefact=name, note="static cache"
-        )
-        for name, options in ours.items()
-        if name in ("bfloat16", "4 bits", "4 bits, bfloat16")
-    ]
+    for name, stays in (("bfloat16", False), ("4 bits", False), ("4 bits, bfloat16", False), ("4 bits", True)):
+        how, values = ", modules stay" if stays else "", {**ours[name], "compiled": True, "modules_stay": stays}
+        rows.append(Variant("smollm2", f"{name}, compiled{how}", "lowbit", values, artefact=name, note="static cache"))
     return rows + peers()
 
 
@@ -131,10 +127,20 @@ def diffusion() -> list[Variant]:
 
 def llama1b() -> list[Variant]:
     """A Llama of 1B parameters."""
-    rows = {"float32": ({"dtype": "float32"}, 8), "bfloat16": ({"dtype": "bfloat16"}, 8), "4 bits": (INT4, 32)}
+    floats = {dtype: ({"dtype": dtype}, 8) for dtype in ("float32", "bfloat16")}
+    packed = {"4 bits": (INT4, 32), "4 bits, bfloat16": (INT4_BFLOAT16, 32)}
+    compiled = {"4 bits, bfloat16, compiled": ({**INT4_BFLOAT16, "compiled": True}, 32)}
     return [
-        Variant("llama1b", name, "llama1b", options, model="llama1b", new_tokens=count)
-        for name, (options, count) in rows.items()
+        Variant(
+            "llama1b",
+            name,
+            "llama1b",
+            options,
+            model="llama1b",
+            new_tokens=count,
+            artefact=name.removesuffix(", compiled"),
+        )
+        for name, (options, count) in {**floats, **packed, **compiled}.items()
     ]
 
 

@@ -6,6 +6,7 @@ A specification travels as JSON, because operators take plain arguments only.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,15 +15,21 @@ from torch import Tensor
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec
 from hf_lowbit.formats.packed import with_plain_scales
-from hf_lowbit.kernels import products
+from hf_lowbit.kernels import cpu, products
+from hf_lowbit.kernels.routes import NATIVE_TOKENS_FAST_TYPE
 
 _PACKED = "Tensor weight, Tensor scale, Tensor? zero_point, Tensor? table, str spec, int columns"
 _library = torch.library.Library("hf_lowbit", "DEF")
 _INPUTS = "str? activation, Tensor? input_scale, Tensor? input_shift, Tensor? sums"
 _library.define(f"linear(Tensor x, {_PACKED}, {_INPUTS}, str? backend) -> Tensor")
+_OF_SEVERAL = "(Tensor x, Tensor[] stored, str specs, int columns) -> Tensor[]"
+_library.define(f"products{_OF_SEVERAL}")  # without gradients, inputs as they are; on a CPU native
+_library.define(f"products_of_python{_OF_SEVERAL}")  # what the native one leaves
 _library.define(f"linear_backward(Tensor gradient, {_PACKED}, str? backend) -> Tensor")
 _library.define(f"decode({_PACKED}, ScalarType dtype, str? backend) -> Tensor")
 _library.define(f"rows({_PACKED}, Tensor index, ScalarType dtype, str? backend) -> Tensor")
+
+PRODUCTS = torch.ops.hf_lowbit.products.default
 
 
 def packed_linear(
@@ -35,9 +42,18 @@ def packed_linear(
     sums: Tensor | None = None,
 ) -> Tensor:
     """:func:`hf_lowbit.kernels.packed_linear` as an operator."""
+    if activation is None and backend is None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return inference_product(x, packed)
     told = None if activation is None else activation.json
     inputs = told, input_scale, input_shift, sums
     result: Tensor = torch.ops.hf_lowbit.linear(x, *_arguments(packed), *inputs, backend)
+    return result
+
+
+def inference_product(x: Tensor, packed: PackedTensor) -> Tensor:
+    """The same where no gradient is needed and inputs are not quantized: graphs can join such products."""
+    packed = with_plain_scales(packed)
+    result: Tensor = torch.ops.hf_lowbit.products(x, _stored(packed), f"[{packed.spec.json}]", packed.columns)[0]
     return result
 
 
@@ -53,6 +69,23 @@ def look_up_rows(packed: PackedTensor, index: Tensor, dtype: torch.dtype, backen
     return result
 
 
+def _stored(packed: PackedTensor) -> list[Tensor]:
+    parts = (packed.weight, packed.scale, packed.zero_point, packed.table)
+    return [part for part in parts if part is not None]
+
+
+def _matrices(stored: Sequence[Tensor], specs: str, columns: int) -> list[PackedTensor]:
+    """From the tensors of several matrices, and their specs as a list in JSON."""
+    parts, matrices = iter(stored), []
+    for spec in _weight_specs(specs):
+        weight, scale = next(parts), next(parts)
+        zero_point = None if spec.symmetric else next(parts)
+        matrices.append(
+            PackedTensor(weight, scale, spec, columns, zero_point, next(parts) if spec.has_fitted_table else None)
+        )
+    return matrices
+
+
 def _arguments(packed: PackedTensor) -> tuple[Any, ...]:
     packed = with_plain_scales(packed)  # traced code: operators see plain scales only
     return packed.weight, packed.scale, packed.zero_point, packed.table, packed.spec.json, packed.columns
@@ -61,6 +94,11 @@ def _arguments(packed: PackedTensor) -> tuple[Any, ...]:
 @lru_cache(maxsize=1024)
 def _weight_spec(text: str) -> WeightSpec:
     return WeightSpec.from_dict(json.loads(text))
+
+
+@lru_cache(maxsize=1024)
+def _weight_specs(text: str) -> list[WeightSpec]:
+    return [WeightSpec.from_dict(values) for values in json.loads(text)]
 
 
 @lru_cache(maxsize=1024)
@@ -79,6 +117,15 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     *packed, activation, input_scale, input_shift, sums, backend = arguments
     spec = None if activation is None else _activation_spec(activation)
     return products.product(x, _packed(*packed), spec, backend, input_scale, input_shift, sums)
+
+
+@torch.library.impl(_library, "products", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "products_of_python", "CompositeExplicitAutograd")
+def _products(x: Tensor, stored: list[Tensor], specs: str, columns: int) -> list[Tensor]:
+    matrices = _matrices(stored, specs, columns)
+    if x.device.type == "cpu":
+        cpu.serve("products", "hf_lowbit::products_of_python", matrices, specs, NATIVE_TOKENS_FAST_TYPE)
+    return products.products(x, matrices, None, None)
 
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
@@ -102,6 +149,12 @@ def _rows(*arguments: Any) -> Tensor:
 @torch.library.register_fake("hf_lowbit::linear", lib=_library)
 def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("hf_lowbit::products", lib=_library)
+@torch.library.register_fake("hf_lowbit::products_of_python", lib=_library)
+def _products_fake(x: Tensor, stored: list[Tensor], specs: str, columns: int) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], packed.weight.shape[0]) for packed in _matrices(stored, specs, columns)]
 
 
 @torch.library.register_fake("hf_lowbit::linear_backward", lib=_library)

@@ -97,11 +97,10 @@ def compiled_decode(model: Any, job: Job) -> dict[str, float]:
 
     The prefill stays eager, as transformers has it. ``compile_s`` is what the first call took longer than the second.
     """
-    from transformers import CompileConfig
+    from hf_lowbit import compile_config
 
-    compile_config = CompileConfig(fullgraph=True, mode="default")
-    compile_config._compile_all_devices = True
-    arguments = {"cache_implementation": "static", "compile_config": compile_config}
+    config = compile_config(modules_stay=job.options.get("modules_stay", False))
+    arguments = {"cache_implementation": "static", "compile_config": config}
     times: dict[str, float] = {}
     with timed(times, "first"):
         decode(model, job, job.new_tokens, **arguments)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_lowbit.kernels.cpu.products import read_bytes
-from whole_models.workers.language import decode
+from whole_models.workers.language import compiled_decode, decode
 from whole_models.workers.native import native_library
 from whole_models.workers.protocol import Job, memory, serve, size_mb, timed
 
@@ -41,7 +41,8 @@ def prepare(job: Job) -> None:
         shutil.copytree(job.source, job.folder, dirs_exist_ok=True, copy_function=_link)
         return
     config = hf_lowbit.RTNConfig(**job.options["config"])
-    model = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32, quantization_config=config)
+    dtype = getattr(torch, job.options["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(job.source, dtype=dtype, quantization_config=config)
     model.save_pretrained(job.folder)
 
 
@@ -74,9 +75,12 @@ def measure(job: Job) -> dict[str, Any]:
         with timed(result, "load_s"):
             model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=getattr(torch, job.options["dtype"]))
         result.update(memory("loaded"))
-        decode(model, job, 4)
         before = bandwidth()
-        result["decode"] = decode(model, job, job.new_tokens)
+        if job.options.get("compiled"):
+            result.update(compiled_decode(model, job))
+        else:
+            decode(model, job, 4)
+            result["decode"] = decode(model, job, job.new_tokens)
         result["read_gb_s"] = statistics.mean((before, bandwidth()))
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     result["weight_mb_per_token"] = size / 1e6

@@ -8,6 +8,7 @@ from hf_lowbit.kernels.cpu.library import (
     use_instruction_set,
 )
 from hf_lowbit.kernels.cpu.matrix import Matrix, describe
+from hf_lowbit.kernels.cpu.operator import serve
 from hf_lowbit.kernels.cpu.prepared import prepare
 from hf_lowbit.kernels.cpu.products import (
     FLOAT_TYPES,
@@ -19,6 +20,7 @@ from hf_lowbit.kernels.cpu.products import (
     multiplies_int8,
     multiplies_many,
 )
+from hf_lowbit.kernels.cpu.rounding import rounding_errors
 from hf_lowbit.kernels.cpu.state_space import causal_convolution, selective_scan
 
 __all__ = [
@@ -37,7 +39,9 @@ __all__ = [
     "multiplies_int8",
     "multiplies_many",
     "prepare",
+    "rounding_errors",
     "selective_scan",
+    "serve",
     "unavailable_because",
     "use_instruction_set",
 ]

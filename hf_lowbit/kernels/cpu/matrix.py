@@ -33,14 +33,14 @@ class Matrix:
 
     def __init__(self, packed: PackedTensor) -> None:
         self.spec, self.rows, self.columns = packed.spec, packed.weight.shape[0], packed.columns
-        self._table = table_of(packed)
+        self.table = table_of(packed)
         decoder = _Decoder() if packed.spec.has_fitted_table else _decoder(packed.spec)
         zero = 0 if packed.zero_point is None else 2 if packed.spec.has_integer_zero_point else 1
         self.struct = MatrixStruct(
             codes=packed.weight.data_ptr(),
             scales=packed.scale.data_ptr(),
             zeros=None if packed.zero_point is None else packed.zero_point.data_ptr(),
-            table=self._table.data_ptr(),
+            table=self.table.data_ptr(),
             rows=self.rows,
             columns=self.columns,
             words=packed.weight.shape[1],

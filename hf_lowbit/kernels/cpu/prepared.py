@@ -21,7 +21,7 @@ def prepare(x: Tensor, matrices: Sequence[Matrix]) -> Callable[[Tensor], list[Te
     pointers = ctypes.c_void_p * count
 
     def product(x: Tensor) -> list[Tensor]:
-        results = [x.new_empty(shape) for shape in shapes]
+        results = [x.new_empty(*shape) for shape in shapes]
         to = pointers(*[result.data_ptr() for result in results])
         if status := multiply(described[1], count, x.data_ptr(), kind, tokens, columns, to, threads()):
             _check(status)

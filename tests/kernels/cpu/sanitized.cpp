@@ -205,6 +205,27 @@ void check_mixers() {
             }
 }
 
+// Integer weights on grids of integers, or of as many levels, lose nothing; halves lose a quarter each.
+void check_rounding(int64_t rows, int64_t groups, int64_t size, bool by_levels) {
+    std::vector<float> values(static_cast<size_t>(rows * groups * size)), errors(static_cast<size_t>(rows * groups), -1.0f);
+    for (size_t i = 0; i < values.size(); i++) values[i] = static_cast<float>(i % 7) - 3.0f;
+    const std::vector<float> ones(static_cast<size_t>(rows * groups), 1.0f), zeros(ones.size(), 0.0f),
+        importance(static_cast<size_t>(groups * size), 1.0f), levels{-3, -2, -1, 0, 1, 2, 3},
+        boundaries{-2.5f, -1.5f, -0.5f, 0.5f, 1.5f, 2.5f};
+    hfl_rounding r{};
+    r.values = values.data(), r.scales = ones.data(), r.zeros = zeros.data(), r.importance = importance.data();
+    if (by_levels) r.levels = levels.data(), r.boundaries = boundaries.data(), r.count = 7;
+    r.errors = errors.data(), r.rows = rows, r.groups = groups, r.size = size, r.first = -3, r.last = 3;
+    bool fails = hfl_rounding_errors(&r, 2) != 0;
+    for (float error : errors) fails = fails || error != 0.0f;
+    for (float& value : values) value = 0.5f;
+    fails = fails || hfl_rounding_errors(&r, 1) != 0;
+    for (float error : errors) fails = fails || error != 0.25f * static_cast<float>(size);
+    r.first = 1 << 22, r.count = 0;
+    fails = fails || hfl_rounding_errors(&r, 1) != -1;
+    if (fails) failures++, std::printf("rounding: groups of %lld\n", static_cast<long long>(size));
+}
+
 }  // namespace
 
 int main() {
@@ -228,6 +249,8 @@ int main() {
         check(large.matrix, 4, 2);
         check(Packed(70, 1024, 8, 4, HFL_DENSE, HFL_REAL_ZERO, HFL_INTEGER).matrix, 270, 2);  // inputs in two parts
         check_mixers();
+        for (bool by_levels : {false, true})
+            for (int64_t size : {1, 16, 33, 64}) check_rounding(5, 3, size, by_levels);
         std::printf("%s: done\n", name.c_str());
         at = end + 1;
     }

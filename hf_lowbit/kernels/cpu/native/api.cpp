@@ -79,6 +79,13 @@ bool is_valid(const hfl_convolution& c) {
            c.state_type <= HFL_INT8 && (!has_state || c.state_type != HFL_INT8 || c.x.scale);
 }
 
+bool is_valid(const hfl_rounding& r) {
+    constexpr int64_t most = 1 << 21;
+    const bool has_levels = r.levels && r.boundaries && r.count > 0;
+    return r.values && r.scales && r.zeros && r.importance && r.errors && r.rows >= 0 && r.groups > 0 && r.size > 0 &&
+           (r.levels ? has_levels : -most <= r.first && r.first <= r.last && r.last <= most);
+}
+
 }  // namespace
 
 extern "C" {
@@ -140,6 +147,12 @@ int hfl_selective_scan(const hfl_scan* scan, int threads) {
 
 int hfl_causal_convolution(const hfl_convolution* convolution, int threads) {
     return convolution && is_valid(*convolution) ? chosen->causal_convolution(*convolution, threads) : -1;
+}
+
+int hfl_rounding_errors(const hfl_rounding* rounding, int threads) {
+    if (!rounding || !is_valid(*rounding)) return -1;
+    chosen->rounding_errors(*rounding, threads);
+    return 0;
 }
 
 uint64_t hfl_read(const void* data, int64_t bytes, int threads) {

@@ -1,6 +1,7 @@
 // Products of a few inputs with packed matrices, decoded in registers: the speed of reading the codes once.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -12,108 +13,137 @@
 
 namespace {
 
-// Rows of y = x w^T for the inputs m0..m0+M. Where these do not fit into the first-level cache, a tile of rows shares a
-// stretch of them while it is there.
+inline bool is_finite(const hfl_matrix& w) {
+    return std::all_of(w.table, w.table + (1 << w.bits), [](float value) { return std::isfinite(value); });
+}
+
+// Rows of y = x w^T for the inputs m0..m0+M. A few rows go together: they share inputs in registers, and what a row costs
+// beside its codes. Where the inputs do not fit into the first-level cache, a tile of rows shares a stretch of them while
+// it is there.
 template <class Way, int M> class TileProduct {
   public:
     TileProduct(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0)
         : w_(w), geometry_(geometry), x_(x), m0_(m0), way_(w), value_shift_(Way::shift(w)),
-          tile_rows_(geometry.blocks <= stretch ? 1 : rows) {
-        for (int r = 0; r < tile_rows_; r++) scales_.emplace_back(w, Simd::lanes);
-    }
+          side_by_side_(w.words <= most_words || geometry.blocks > stretch),
+          tile_rows_(geometry.blocks > stretch ? rows : side_by_side_ ? rows_together : 1), scales_(w, Simd::lanes, tile_rows_),
+          reads_on_(w.words % Way::block_words && is_finite(w)) {}
 
     void operator()(int64_t first, int64_t last, void* y, int type) {
         for (; first < last; first += tile_rows_) multiply_tile(first, std::min(last, first + tile_rows_), y, type);
     }
 
   private:
-    static constexpr int rows = 16;  // of a tile
     using Float = Simd::Float;
+    using Loaded = decltype(std::declval<const Way&>().load(nullptr));
+    static constexpr int rows = 16;  // of a tile
+    static constexpr bool is_small = sizeof(Loaded) <= 3 * sizeof(Float);  // else they do not fit into registers
+    static constexpr int rows_together = M == 1 && is_small ? Simd::rows_together : 1;
     static constexpr int block = Way::steps * Simd::lanes;  // of inputs, or pairs of them
+    static constexpr int64_t most_words = 128;  // of a row: longer ones are read faster one after the other
     static constexpr int64_t first_level_bytes = 16384;  // half of the smallest first-level cache
     static constexpr int64_t stretch = std::max<int64_t>(1, first_level_bytes / (block * M * 4));  // of blocks
 
     void multiply_tile(int64_t first, int64_t last, void* y, int type) {
-        for (int64_t row = first; row < last; row++) {
-            scales_[row - first].select(row);
+        scales_.select(first, last - first);
+        for (int64_t row = first; row < last; row++)
             for (Float& total : total_[row - first]) total = Simd::zero();
+        for (int64_t b = 0; b < geometry_.blocks; b += stretch) {
+            const int64_t end = std::min(b + stretch, geometry_.blocks);
+            int64_t row = first;
+            for (; side_by_side_ && row + rows_together <= last; row += rows_together)
+                add_blocks<rows_together>(row, row - first, b, end);
+            for (; row < last; row++) add_blocks<1>(row, row - first, b, end);
         }
-        for (int64_t b = 0; b < geometry_.blocks; b += stretch)
-            for (int64_t row = first; row < last; row++)
-                add_blocks(row, b, std::min(b + stretch, geometry_.blocks), scales_[row - first], total_[row - first]);
         for (int64_t row = first; row < last; row++)
             for (int m = 0; m < M; m++)
-                store_float(y, (m0_ + m) * w_.rows + row, finish(total_[row - first][m], scales_[row - first], m0_ + m),
-                            type);
+                store_float(y, (m0_ + m) * w_.rows + row, finish(total_[row - first][m], row - first, m0_ + m), type);
     }
 
-    void add_blocks(int64_t row, int64_t first, int64_t last, const RowScales& scales, Float* totals) {
-        const int64_t whole = std::min(last, w_.words / Way::block_words);
-        const uint32_t* words = w_.codes + row * w_.words + first * Way::block_words;
-        if (w_.groups == 1) add_scaled<per_row>(words, first, whole, scales, totals);
-        else if (geometry_.lane.empty()) add_scaled<per_block>(words, first, whole, scales, totals);
-        else add_scaled<per_lane>(words, first, whole, scales, totals);
+    // Adds blocks first..last of R rows, which are those of the tile from `at` on.
+    template <int R> void add_blocks(int64_t row, int64_t at, int64_t first, int64_t last) {
+        // Words beyond a row are the next one's, and their inputs are zeros; beyond the matrix there are none.
+        const bool is_within = reads_on_ && (row + R - 1) * w_.words + last * Way::block_words <= w_.rows * w_.words;
+        const int64_t whole = is_within ? last : std::min(last, w_.words / Way::block_words);
+        const uint32_t* words = w_.codes + row * w_.words;
+        add_scaled<R>(words + first * Way::block_words, w_.words, at, first, whole);
         if (whole == last) return;
-        words = w_.codes + row * w_.words + whole * Way::block_words;  // the last block is not all there
-        std::memcpy(tail_, words, static_cast<size_t>(w_.words - whole * Way::block_words) * 4);
-        if (w_.groups == 1) add_scaled<per_row>(tail_, whole, last, scales, totals);
-        else if (geometry_.lane.empty()) add_scaled<per_block>(tail_, whole, last, scales, totals);
-        else add_scaled<per_lane>(tail_, whole, last, scales, totals);
+        uint32_t tail[R * Way::block_words] = {};  // the last block is not all there
+        for (int r = 0; r < R; r++)
+            std::memcpy(tail + r * Way::block_words, words + r * w_.words + whole * Way::block_words,
+                        static_cast<size_t>(w_.words - whole * Way::block_words) * 4);
+        add_scaled<R>(tail, Way::block_words, at, whole, last);
     }
 
     enum Scaling { per_row, per_block, per_lane };
 
-    // Adds blocks first..last, whose words are given, to the totals.
-    template <Scaling scaling>
-    void add_scaled(const uint32_t* words, int64_t first, int64_t last, const RowScales& scales, Float* totals) const {
-        const float* inputs = x_.values.data() + m0_ * x_.stride + first * block * M;
-        const float* scale = scales.scale.data();
-        const int32_t *groups = geometry_.first.data(), *lanes = geometry_.lane.data();
-        const Way way = way_;  // in registers
-        Float total[M];
-        for (int m = 0; m < M; m++) total[m] = totals[m];
-        for (int64_t b = first; b < last; b++, words += Way::block_words, inputs += block * M) {
-            __builtin_prefetch(words + 512);
-            Float sum[M * Way::template chains<M>];
-            for (Float& chain : sum) chain = Simd::zero();
-            add_block(way, words, inputs, sum);
-            for (int k = M; k < M * Way::template chains<M>; k++) sum[k % M] = Simd::add(sum[k % M], sum[k]);
-            Float factor;
-            if constexpr (scaling == per_block) factor = Simd::set(scale[groups[b]]);
-            if constexpr (scaling == per_lane)
-                factor = Simd::permute(Simd::load(scale + groups[b]), Simd::load_int(lanes + b * Simd::lanes));
-            for (int m = 0; m < M; m++)
-                total[m] = scaling == per_row ? Simd::add(total[m], sum[m]) : Simd::multiply_add(sum[m], factor, total[m]);
-        }
-        for (int m = 0; m < M; m++) totals[m] = total[m];
+    template <int R> void add_scaled(const uint32_t* words, int64_t row_words, int64_t at, int64_t first, int64_t last) {
+        if (w_.groups == 1) add_scaled<R, per_row>(words, row_words, at, first, last);
+        else if (geometry_.lane.empty()) add_scaled<R, per_block>(words, row_words, at, first, last);
+        else add_scaled<R, per_lane>(words, row_words, at, first, last);
     }
 
-    // Adds a block's values times the inputs to sum[chain * M + m].
-    HFL_INLINE static void add_block(const Way& way, const uint32_t* words, const float* in, Float* sum) {
-        const auto loaded = way.load(words);
+    template <int R, Scaling scaling>
+    void add_scaled(const uint32_t* words, int64_t row_words, int64_t at, int64_t first, int64_t last) {
+        constexpr int chains = std::max(1, Way::template chains<M> / R), sums = R * M;
+        const float* inputs = x_.values.data() + m0_ * x_.stride + first * block * M;
+        const int32_t *groups = geometry_.first.data(), *lanes = geometry_.lane.data();
+        const int64_t ahead = std::max<int64_t>(512, R == 1 ? 0 : R * row_words);  // what is read next, or after that
+        const Way way = way_;  // in registers
+        const float* scale[R];
+        Float total[sums];
+        for (int r = 0; r < R; r++) {
+            scale[r] = scales_.scale.data() + scales_.begin(at + r);
+            for (int m = 0; m < M; m++) total[r * M + m] = total_[at + r][m];
+        }
+        for (int64_t b = first; b < last; b++, words += Way::block_words, inputs += block * M) {
+            for (int r = 0; r < R; r++) __builtin_prefetch(words + r * row_words + ahead);
+            Float sum[sums * chains];
+            for (Float& chain : sum) chain = Simd::zero();
+            add_block<R, chains>(way, words, row_words, inputs, sum);
+            for (int k = sums; k < sums * chains; k++) sum[k % sums] = Simd::add(sum[k % sums], sum[k]);
+            for (int r = 0; r < R; r++) {
+                Float factor;
+                if constexpr (scaling == per_block) factor = Simd::set(scale[r][groups[b]]);
+                if constexpr (scaling == per_lane)
+                    factor = Simd::permute(Simd::load(scale[r] + groups[b]), Simd::load_int(lanes + b * Simd::lanes));
+                for (int k = r * M; k < (r + 1) * M; k++)
+                    total[k] = scaling == per_row ? Simd::add(total[k], sum[k]) : Simd::multiply_add(sum[k], factor, total[k]);
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int m = 0; m < M; m++) total_[at + r][m] = total[r * M + m];
+    }
+
+    // Adds a block's values times the inputs to sum[(chain * R + row) * M + m].
+    template <int R, int chains>
+    HFL_INLINE static void add_block(const Way& way, const uint32_t* words, int64_t row_words, const float* in, Float* sum) {
+        Loaded loaded[R];
+        for (int r = 0; r < R; r++) loaded[r] = way.load(words + r * row_words);
         repeat(
             [&](auto j) HFL_INLINE {
-                const auto v = way.template at<decltype(j)::value>(loaded);
-                Float* chain = sum + j.value % Way::template chains<M> * M;
-                for (int m = 0; m < M; m++)
-                    chain[m] = Way::multiply_add(v, in + (j.value * M + m) * Simd::lanes, chain[m]);
+                Float* chain = sum + j.value % chains * R * M;
+                for (int r = 0; r < R; r++) {
+                    const auto v = way.template at<decltype(j)::value>(loaded[r]);
+                    for (int m = 0; m < M; m++)
+                        chain[r * M + m] =
+                            Way::multiply_add(v, in + (j.value * M + m) * Simd::lanes, chain[r * M + m]);
+                }
             },
             std::make_integer_sequence<int, Way::steps>());
     }
 
-    float finish(Float total, const RowScales& scales, int64_t m) const {
-        float result = Simd::sum(total);
-        if (w_.groups == 1) result *= scales.scale[0];
-        if (w_.zero_kind == HFL_NO_ZERO && value_shift_ == 0) return result;
-        const float* sums = x_.sums.data() + m * x_.groups;
-        Float taken = Simd::zero();
+    float finish(Float total, int64_t at, int64_t m) const {
+        const int64_t begin = scales_.begin(at);
+        const float *scale = scales_.scale.data() + begin, *sums = x_.sums.data() + m * x_.groups;
+        if (w_.groups == 1) total = Simd::multiply(total, Simd::set(scale[0]));
+        if (w_.zero_kind == HFL_NO_ZERO && value_shift_ == 0) return Simd::sum(total);
         for (int64_t g = 0; g < w_.groups; g += Simd::lanes) {
             Float shift = Simd::set(value_shift_);
-            if (w_.zero_kind != HFL_NO_ZERO) shift = Simd::add(shift, Simd::load(scales.zero.data() + g));
-            shift = Simd::multiply(shift, Simd::load(scales.scale.data() + g));
-            taken = Simd::multiply_add(shift, Simd::load(sums + g), taken);
+            if (w_.zero_kind != HFL_NO_ZERO) shift = Simd::add(shift, Simd::load(scales_.zero.data() + begin + g));
+            shift = Simd::multiply(shift, Simd::load(scale + g));
+            total = Simd::subtract(total, Simd::multiply(shift, Simd::load(sums + g)));
         }
-        return result - Simd::sum(taken);
+        return Simd::sum(total);
     }
 
     const hfl_matrix& w_;
@@ -122,10 +152,11 @@ template <class Way, int M> class TileProduct {
     int64_t m0_;
     const Way way_;
     float value_shift_;
+    const bool side_by_side_;
     const int64_t tile_rows_;
-    std::vector<RowScales> scales_;
+    RowScales scales_;
+    const bool reads_on_;  // beyond the end of a row
     Float total_[rows][M];
-    uint32_t tail_[Way::block_words] = {};
 };
 
 template <class Way, int M>

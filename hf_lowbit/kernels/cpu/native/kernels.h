@@ -14,6 +14,7 @@ struct Kernels {
     void (*decode)(const hfl_matrix*, const int64_t*, int64_t, int64_t, void*, int, int);
     int (*selective_scan)(const hfl_scan&, int);
     int (*causal_convolution)(const hfl_convolution&, int);
+    void (*rounding_errors)(const hfl_rounding&, int);
 };
 
 extern const Kernels plain_kernels;

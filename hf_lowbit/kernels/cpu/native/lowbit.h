@@ -1,6 +1,8 @@
 // C interface of the CPU kernels: products with packed matrices as they lie on disk. No matrix is repacked: the
 // activations are put into the order in which the codes come out of their words instead.
 #pragma once
+#include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #if defined(__GNUC__)
@@ -98,6 +100,56 @@ typedef struct {
     int64_t batch, tokens, channels, taps, out_scale_run, state_type, y_type, silu;
 } hfl_convolution;
 HFL_API int hfl_causal_convolution(const hfl_convolution* convolution, int threads);
+
+// What grids lose of weights: errors[row, group] = sum over k of importance[group, k] (w - scale (level - zero))^2, with
+// the level nearest to w / scale + zero (w + zero where the scale is 0). Without levels they are the integers first..last.
+typedef struct {
+    const float* values;                // [rows, groups, size]
+    const float *scales, *zeros;        // [rows, groups]
+    const float* importance;            // [groups, size]
+    const float *levels, *boundaries;   // ascending: [count], [count - 1]; what is not above a boundary falls below it
+    float* errors;                      // [rows, groups]
+    int64_t rows, groups, size, count, first, last;  // first, last: within -2^21..2^21
+} hfl_rounding;
+HFL_API int hfl_rounding_errors(const hfl_rounding* rounding, int threads);  // 0, or -1 for bad arguments
+
+// The functions of torch's stable C interface that an operator needs, by address; tensors, lists and strings are handles.
+typedef struct {
+    int32_t (*library_init_impl)(const char* space, const char* key, const char* file, uint32_t line, void** library);
+    int32_t (*library_impl)(void* library, const char* name, void (*)(uint64_t*, uint64_t, uint64_t), uint64_t version);
+    int32_t (*call_dispatcher)(const char* name, const char* overload, uint64_t* stack, uint64_t version);
+    int32_t (*get_num_threads)(uint32_t*);
+    int32_t (*get_data_ptr)(void* tensor, void**);
+    int32_t (*get_sizes)(void* tensor, int64_t**);
+    int32_t (*get_dim)(void* tensor, int64_t*);
+    int32_t (*get_numel)(void* tensor, int64_t*);
+    int32_t (*get_dtype)(void* tensor, int32_t*);
+    int32_t (*get_device_type)(void* tensor, int32_t*);
+    int32_t (*is_contiguous)(void* tensor, bool*);
+    int32_t (*empty_strided)(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                             int32_t device_type, int32_t device_index, void** tensor);
+    int32_t (*delete_tensor)(void* tensor);
+    int32_t (*new_list)(size_t size, void** list);
+    int32_t (*list_size)(void* list, size_t*);
+    int32_t (*list_get_item)(void* list, size_t index, uint64_t*);
+    int32_t (*list_push_back)(void* list, uint64_t);
+    int32_t (*delete_list)(void* list);
+    int32_t (*string_length)(void* string, size_t*);
+    int32_t (*string_c_str)(void* string, const char**);
+    int32_t (*delete_string)(void* string);
+    int32_t (*dtype_float32)(void);
+    int32_t (*dtype_bfloat16)(void);
+    int32_t (*dtype_float16)(void);
+    const char* (*exception_what)(void);  // of the thread's last exception; null before torch 2.13
+    int64_t most_tokens;  // beyond, products that do not multiply many go to the operator in Python
+} hfl_torch;
+// Implement hf_lowbit::<name> (Tensor x, Tensor[] stored, str specs, int columns) -> Tensor[] for CPU tensors: products
+// of x with packed matrices, of each its codes, scales, zeros and table, what there is of them. `python_operator` has the
+// same arguments and takes what is not known. Returns 0, or -1.
+HFL_API int hfl_register_operator(const hfl_torch* functions, const char* name, const char* python_operator);
+// From now on the operator takes products with these matrices together: their tensors lie there, and `specs` describes
+// them. What a table points to must stay, where it is not among the tensors (has_table).
+HFL_API void hfl_know(const hfl_matrix* const* matrices, const int* has_table, int count, const char* specs);
 
 // Reads every byte once on `threads` threads: the bandwidth the products are measured against.
 HFL_API uint64_t hfl_read(const void* data, int64_t bytes, int threads);

@@ -103,6 +103,21 @@ HFL_INLINE inline void add_products(const char* panel, const char* in, int64_t i
     }
 }
 
+// As store_floats; of bfloat16, a vector at a time.
+inline void store(void* y, int64_t first, const float* values, int count, int type) {
+#if defined(__AVX512BF16__)
+    if (type == HFL_BFLOAT16) {
+        uint16_t* out = static_cast<uint16_t*>(y) + first;
+        int i = 0;
+        for (; i + 16 <= count; i += 16)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                                reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(values + i))));
+        return store_floats(out, i, values + i, count - i, type);
+    }
+#endif
+    store_floats(y, first, values, count, type);
+}
+
 // Rows offers step_codes, step_words; Inputs; select(first row, count); decode<vectors>(v, count, step, n, panel): n
 // steps of the v-th vector of rows; multiply<vectors>(step, n, first input, panel, ahead, totals [input][row]): adds
 // them; finish(input, totals, count).
@@ -123,16 +138,17 @@ template <class Rows> class PanelProduct {
         for (int64_t i = 0; i < x_.steps.count; i++) {
             float* totals = totals_.data() + i * vectors * vector_rows;
             rows_.finish(i, totals, count);
-            store_floats(y, y_first + i * w_.rows + first, totals, count, type);
+            store(y, y_first + i * w_.rows + first, totals, count, type);
         }
     }
 
   private:
     template <int vectors> void multiply(int64_t first, int count) {
         const int64_t steps = w_.columns / Rows::step_codes;
+        const int64_t runs = (steps + run - 1) / run, most = (steps + runs - 1) / runs;  // of about one length
         std::memset(totals_.data(), 0, static_cast<size_t>(x_.steps.padded * vectors * vector_rows) * sizeof(float));
-        for (int64_t step = 0; step < steps; step += run) {
-            const int64_t n = std::min<int64_t>(run, steps - step);
+        for (int64_t step = 0; step < steps; step += most) {
+            const int64_t n = std::min(most, steps - step);
             for (int v = 0; v < vectors; v++)
                 rows_.template decode<vectors>(v, std::min(vector_rows, count - v * vector_rows), step, n, panel_.data());
             const uint32_t* following = w_.codes + first * w_.words + (step + n) * Rows::step_words;

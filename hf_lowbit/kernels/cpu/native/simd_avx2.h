@@ -10,6 +10,7 @@ namespace {
 struct Simd {
     static constexpr int lanes = 8;
     static constexpr int max_batch = 4;
+    static constexpr int rows_together = 1;  // of one input, in registers
     static constexpr int first_arithmetic_width = 4;  // from here on arithmetic is faster than a table
     using Float = __m256;
     using Int = __m256i;

@@ -8,6 +8,7 @@ namespace {
 struct Simd {
     static constexpr int lanes = 8;
     static constexpr int max_batch = 4;
+    static constexpr int rows_together = 1;  // of one input, in registers
     static constexpr int first_arithmetic_width = 9;  // never: a table in memory is as fast as arithmetic
     struct Float { float lane[lanes]; };
     struct Int { uint32_t lane[lanes]; };

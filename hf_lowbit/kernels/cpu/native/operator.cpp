@@ -1,0 +1,193 @@
+// An operator of torch's for CPU tensors without Python: a compiled graph calls it hundreds of times for every token.
+// Written against torch's stable C interface (torch/csrc/stable/c/shim.h), whose functions are given by address, so that
+// nothing is linked and no header of torch is read. What it does not know goes to the operator in Python.
+#include <cstring>
+#include <mutex>
+#include <shared_mutex>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "lowbit.h"
+
+namespace {
+
+constexpr uint64_t interface_version = (uint64_t{2} << 56) | (uint64_t{10} << 48);  // as torch 2.10 has it
+constexpr size_t most_dimensions = 8, most_known = 1 << 16;
+enum { X, STORED, SPECS, COLUMNS };  // places of the arguments
+
+hfl_torch torch;
+std::string elsewhere;  // the operator in Python
+int32_t type_codes[3];  // torch's, by hfl_type
+
+struct Known {
+    std::string specs;
+    std::vector<hfl_matrix> matrices;
+    std::vector<bool> has_table;  // among the tensors; others have their format's
+};
+std::unordered_map<const void*, Known> known;  // by the address of the first codes
+std::shared_mutex guard;
+
+template <class Handle>
+Handle handle(uint64_t value) { return reinterpret_cast<Handle>(value); }
+
+template <class Result>
+Result get(int32_t (*function)(void*, Result*), void* object) {
+    Result result{};
+    function(object, &result);
+    return result;
+}
+
+void* place(void* tensor) { return get(torch.get_data_ptr, tensor); }
+
+bool is_plain(void* tensor) { return get(torch.is_contiguous, tensor) && get(torch.get_device_type, tensor) == 0; }
+
+bool is_text(void* string, const std::string& text) {
+    return get(torch.string_length, string) == text.size() &&
+           !std::memcmp(get(torch.string_c_str, string), text.data(), text.size());
+}
+
+// The tensors of a list argument.
+class Tensors {
+   public:
+    explicit Tensors(void* list) : list_(list), size_(get(torch.list_size, list)) {}
+    void* next() {
+        uint64_t item = 0;
+        return at_ < size_ && !torch.list_get_item(list_, at_++, &item) ? handle<void*>(item) : nullptr;
+    }
+    bool lie_at(std::initializer_list<const void*> places) {
+        for (const void* expected : places) {
+            if (!expected) continue;
+            void* tensor = next();
+            if (!tensor || place(tensor) != expected || !is_plain(tensor)) return false;
+        }
+        return true;
+    }
+    bool are_all_read() const { return at_ == size_; }
+
+   private:
+    void* list_;
+    size_t size_, at_ = 0;
+};
+
+bool has_shape(void* tensor, int64_t rows, int64_t columns) {
+    const int64_t* sizes = get(torch.get_sizes, tensor);
+    return get(torch.get_dim, tensor) == 2 && sizes[0] == rows && sizes[1] == columns;
+}
+
+// The matrices of the arguments as Python has described them; none: not yet, or they lie differently by now.
+std::vector<hfl_matrix> find(const uint64_t* stack) {
+    void* list = handle<void*>(stack[STORED]);
+    Tensors tensors(list), shapes(list);
+    void* first = Tensors(list).next();
+    std::shared_lock<std::shared_mutex> lock(guard);
+    const auto at = first ? known.find(place(first)) : known.end();
+    if (at == known.end() || !is_text(handle<void*>(stack[SPECS]), at->second.specs)) return {};
+    const Known& found = at->second;
+    for (size_t i = 0; i < found.matrices.size(); i++) {
+        const hfl_matrix& w = found.matrices[i];
+        const bool has_table = found.has_table[i];
+        if (w.columns != static_cast<int64_t>(stack[COLUMNS]) ||
+            !tensors.lie_at({w.codes, w.scales, w.zeros, has_table ? w.table : nullptr}) ||
+            !has_shape(shapes.next(), w.rows, w.words) || !has_shape(shapes.next(), w.one_scale ? 1 : w.rows, w.groups))
+            return {};
+        for (int companions = (w.zeros != nullptr) + has_table; companions > 0; companions--) shapes.next();
+    }
+    return tensors.are_all_read() ? found.matrices : std::vector<hfl_matrix>{};
+}
+
+// A new tensor of x's type and leading dimensions.
+void* empty_like(void* x, int64_t columns) {
+    int64_t sizes[most_dimensions], strides[most_dimensions], elements = 1;
+    const int64_t last = get(torch.get_dim, x) - 1;
+    std::memcpy(sizes, get(torch.get_sizes, x), sizeof(int64_t) * static_cast<size_t>(last));
+    sizes[last] = columns;
+    for (int64_t i = last; i >= 0; elements *= sizes[i--]) strides[i] = elements;
+    void* result = nullptr;
+    torch.empty_strided(last + 1, sizes, strides, get(torch.get_dtype, x), 0, -1, &result);
+    return result;
+}
+
+// The products as new tensors; none where Python has to make them.
+std::vector<void*> products(const uint64_t* stack) {
+    void* x = handle<void*>(stack[X]);
+    const int32_t code = get(torch.get_dtype, x);
+    int type = 0;
+    while (type < 3 && type_codes[type] != code) type++;
+    const auto dimensions = static_cast<size_t>(get(torch.get_dim, x));
+    if (type == 3 || dimensions < 1 || dimensions > most_dimensions || !is_plain(x)) return {};
+    const std::vector<hfl_matrix> matrices = find(stack);
+    const int64_t columns = get(torch.get_sizes, x)[dimensions - 1], elements = get(torch.get_numel, x);
+    if (matrices.empty() || columns != matrices[0].columns || !elements) return {};
+    const int64_t tokens = elements / columns;
+    std::vector<const hfl_matrix*> pointers;
+    for (const hfl_matrix& matrix : matrices) {
+        if (tokens > torch.most_tokens && !hfl_multiplies_many(&matrix, type)) return {};
+        pointers.push_back(&matrix);
+    }
+    std::vector<void*> results, places;
+    for (const hfl_matrix& matrix : matrices) {
+        results.push_back(empty_like(x, matrix.rows));
+        places.push_back(place(results.back()));
+    }
+    uint32_t threads = 1;
+    torch.get_num_threads(&threads);
+    if (hfl_linear(pointers.data(), static_cast<int>(pointers.size()), place(x), type, tokens, columns, places.data(),
+                   static_cast<int>(threads))) {
+        for (void* result : results) torch.delete_tensor(result);
+        return {};
+    }
+    return results;
+}
+
+void release(const uint64_t* stack) {
+    torch.delete_tensor(handle<void*>(stack[X]));
+    Tensors stored(handle<void*>(stack[STORED]));
+    while (void* tensor = stored.next()) torch.delete_tensor(tensor);
+    torch.delete_list(handle<void*>(stack[STORED]));
+    torch.delete_string(handle<void*>(stack[SPECS]));
+}
+
+// Called by torch's dispatcher: takes the arguments from the stack and puts the result there.
+void linear_inference(uint64_t* stack, uint64_t, uint64_t) {
+    const std::vector<void*> results = products(stack);
+    if (results.empty()) {
+        if (torch.call_dispatcher(elsewhere.c_str(), "", stack, interface_version))
+            throw std::runtime_error(torch.exception_what ? torch.exception_what() : elsewhere + " failed");
+        return;
+    }
+    release(stack);
+    void* list = nullptr;
+    torch.new_list(results.size(), &list);
+    for (void* result : results) torch.list_push_back(list, reinterpret_cast<uint64_t>(result));
+    stack[0] = reinterpret_cast<uint64_t>(list);
+}
+
+}  // namespace
+
+extern "C" {
+
+int hfl_register_operator(const hfl_torch* functions, const char* name, const char* python_operator) {
+    torch = *functions;
+    elsewhere = python_operator;
+    type_codes[HFL_FLOAT32] = torch.dtype_float32();
+    type_codes[HFL_BFLOAT16] = torch.dtype_bfloat16();
+    type_codes[HFL_FLOAT16] = torch.dtype_float16();
+    void* library = nullptr;
+    if (torch.library_init_impl("hf_lowbit", "CPU", __FILE__, __LINE__, &library)) return -1;
+    return torch.library_impl(library, name, linear_inference, interface_version) ? -1 : 0;
+}
+
+void hfl_know(const hfl_matrix* const* matrices, const int* has_table, int count, const char* specs) {
+    Known now{specs, {}, {}};
+    for (int i = 0; i < count; i++) {
+        now.matrices.push_back(*matrices[i]);
+        now.has_table.push_back(has_table[i] != 0);
+    }
+    std::unique_lock<std::shared_mutex> lock(guard);
+    if (known.size() >= most_known) known.clear();
+    known[now.matrices[0].codes] = std::move(now);
+}
+
+}  // extern "C"

@@ -1,0 +1,92 @@
+"""An operator of compiled graphs served natively: Python around the product of one token takes longer than the product.
+
+The native library implements it with torch's stable C interface, whose functions it is given by address. It takes what
+Python has described to it once; the rest goes to an operator in Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats import PackedTensor
+from hf_lowbit.kernels.cpu.library import load
+from hf_lowbit.kernels.cpu.matrix import describe
+
+# hfl_torch of lowbit.h, in its order.
+_FUNCTIONS = (
+    *("aoti_torch_library_init_impl", "torch_library_impl", "torch_call_dispatcher", "torch_get_num_threads"),
+    *(f"aoti_torch_get_{what}" for what in ("data_ptr", "sizes", "dim", "numel", "dtype", "device_type")),
+    *("aoti_torch_is_contiguous", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object"),
+    *("torch_new_list_reserve_size", "torch_list_size", "torch_list_get_item", "torch_list_push_back"),
+    "torch_delete_list",
+    *("torch_string_length", "torch_string_c_str", "torch_delete_string"),
+    *(f"aoti_torch_dtype_{name}" for name in ("float32", "bfloat16", "float16")),
+)
+_WHAT = "torch_exception_get_what_without_backtrace"  # since torch 2.13
+_tables: dict[int, Tensor] = {}  # of formats, by address: they stay as long as the library may read them
+
+
+class _TorchStruct(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in (*_FUNCTIONS, _WHAT)] + [("most_tokens", ctypes.c_int64)]
+
+
+def serve(name: str, python_operator: str, matrices: Sequence[PackedTensor], specs: str, most_tokens: int) -> bool:
+    """Have ``hf_lowbit::<name>`` computed natively for CPU inputs and these matrices together from now on.
+
+    Args:
+        name: an operator (x, stored tensors of the matrices, specs, columns) that gives their products with x.
+        python_operator: full name of the operator with the same arguments that takes everything else.
+        specs: the text that describes the matrices among the arguments.
+        most_tokens: for more, native products are those that decode once for many.
+
+    Returns:
+        False where this torch or the native library cannot, or matrices do not lie as kernels read them.
+    """
+    library = load()
+    if library is None or not _register(name, python_operator, most_tokens):
+        return False
+    described = [matrix for packed in matrices if (matrix := describe(packed)) is not None]
+    if len(described) < len(matrices):
+        return False
+    has_table = [packed.table is not None for packed in matrices]
+    for matrix, has in zip(described, has_table, strict=True):
+        if not has:
+            _tables[matrix.table.data_ptr()] = matrix.table
+    addresses = (ctypes.c_void_p * len(described))(*(matrix.address for matrix in described))
+    library.hfl_know(addresses, (ctypes.c_int * len(described))(*has_table), len(described), specs.encode())
+    return True
+
+
+@cache
+def _register(name: str, python_operator: str, most_tokens: int) -> bool:
+    library, torch_library = load(), _torch_library()
+    if library is None or torch_library is None:
+        return False
+    try:
+        addresses = [_address(getattr(torch_library, function)) for function in _FUNCTIONS]
+    except AttributeError:  # a torch without them
+        return False
+    what = getattr(torch_library, _WHAT, None)
+    functions = _TorchStruct(*addresses, None if what is None else _address(what), most_tokens)
+    status: int = library.hfl_register_operator(ctypes.byref(functions), name.encode(), python_operator.encode())
+    return status == 0
+
+
+def _address(function: Any) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def _torch_library() -> ctypes.CDLL | None:
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("*torch_cpu.*")):
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            continue
+    return None

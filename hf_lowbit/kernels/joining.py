@@ -1,0 +1,73 @@
+"""Products of one input in a compiled graph become one call: query, key and value; gate and up.
+
+Eager layers do so by :mod:`hf_lowbit.nn.siblings`, at run time; in a graph it is seen which products read the same.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+
+from hf_lowbit.kernels.ops import PRODUCTS
+
+
+@dataclass(frozen=True)
+class JoinProducts(CustomGraphPass):
+    """For inductor's option ``post_grad_custom_pre_pass``. All are equal, so that equal options stay equal."""
+
+    def __call__(self, graph: Graph) -> None:
+        """Rewrite the graph in place."""
+        readers: dict[Any, list[Node]] = {}
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target is PRODUCTS:
+                readers.setdefault(node.args[0], []).append(node)
+        place = {node: index for index, node in enumerate(graph.nodes)}
+        for calls in readers.values():
+            together = [call for call in calls if _can_be_at(call, calls[0], place)]
+            if len(together) > 1:
+                _join(graph, together)
+
+    def uuid(self) -> Any:
+        """What inductor's cache knows this pass by."""
+        return get_hash_for_files((__file__,))
+
+
+def _can_be_at(call: Node, first: Node, place: Mapping[Node, int]) -> bool:
+    """Whether what the call reads is there at the first one, or can be put there: a constant; and its results are
+    chosen one by one."""
+    stored: Any = call.args[1]
+    is_there = all(tensor.op == "get_attr" or place[tensor] < place[first] for tensor in stored)
+    return is_there and all(user.target is operator.getitem for user in call.users)
+
+
+def _join(graph: Graph, calls: list[Node]) -> None:
+    """The calls have the same input, whose columns they all state."""
+    first, values = calls[0], [value for call in calls for value in call.meta["val"]]
+    x, stored = _tensors(call.args for call in calls)
+    for tensor in stored:
+        if tensor.op == "get_attr":
+            first.prepend(tensor)
+    with graph.inserting_before(first):
+        specs = f"[{', '.join(str(call.args[2])[1:-1] for call in calls)}]"
+        joined = graph.call_function(PRODUCTS, (x, stored, specs, first.args[3]))
+    joined.meta = {**first.meta, "val": values}
+    inputs = [call.meta.get("eager_input_vals") for call in calls]  # whose strides inductor keeps
+    if all(inputs):
+        joined.meta["eager_input_vals"] = (*_tensors(arguments for arguments, _ in inputs), None, None), {}
+    offset = 0
+    for call in calls:
+        for choice in list(call.users):
+            choice.args = (joined, offset + choice.args[1])  # type: ignore[operator]
+        offset += len(call.meta["val"])
+        graph.erase_node(call)
+
+
+def _tensors(calls: Iterable[Sequence[Any]]) -> tuple[Any, list[Any]]:
+    """The input that the calls share, and what is stored of all matrices."""
+    arguments = list(calls)
+    return arguments[0][0], [tensor for _, stored, *_ in arguments for tensor in stored]

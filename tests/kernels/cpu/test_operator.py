@@ -1,0 +1,105 @@
+"""The native operator of compiled graphs: the same numbers as Python's, and what it leaves to Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats import PackedTensor, WeightSpec
+from hf_lowbit.kernels import cpu, ops
+from hf_lowbit.kernels.products import products
+from hf_lowbit.rounding import round_to_nearest
+from tests.kernels.cpu.matrices import FORMATS, random_packed
+
+
+@pytest.fixture(autouse=True)
+def native() -> None:
+    assert cpu.available(), cpu.unavailable_because()
+
+
+def operator(x: Tensor, matrices: Sequence[PackedTensor]) -> list[Tensor]:
+    stored = [tensor for packed in matrices for tensor in ops._stored(packed)]
+    specs = f"[{', '.join(packed.spec.json for packed in matrices)}]"
+    results: list[Tensor] = torch.ops.hf_lowbit.products(x, stored, specs, matrices[0].columns)
+    return results
+
+
+def of_python(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts of matrices in products that came to Python from now on."""
+    calls: list[int] = []
+
+    def counted(x: Tensor, matrices: list[PackedTensor], *rest: object) -> list[Tensor]:
+        calls.append(len(matrices))
+        return products(x, matrices, None, None)
+
+    monkeypatch.setattr(ops.products, "products", counted)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_comes_to_python_once_and_is_the_same(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = of_python(monkeypatch)
+    matrices = [random_packed(rows, 96, group_size=32, **FORMATS[name]) for rows in (24, 7)]
+    for tokens in (1, 3):
+        x = torch.randn(tokens, 1, 96, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        for _ in range(2):
+            results = operator(x, matrices)
+            assert [result.shape for result in results] == [(tokens, 1, 24), (tokens, 1, 7)]
+            for result, expected in zip(results, products(x, matrices, None, None), strict=True):
+                assert result.dtype == dtype
+                assert torch.equal(result, expected)
+    assert calls == [2]
+
+
+def test_what_it_does_not_know_goes_to_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = random_packed(16, 64, bits=4, group_size=32)
+    operator(torch.randn(1, 64), [packed])
+    calls = of_python(monkeypatch)
+    apart = torch.randn(64, 3).t()  # not contiguous
+    assert torch.equal(operator(apart, [packed])[0], products(apart, [packed], None, None)[0])
+    double = torch.randn(1, 64, dtype=torch.float64)
+    torch.testing.assert_close(operator(double, [packed])[0], products(double, [packed], None, None)[0])
+    assert operator(torch.randn(0, 64), [packed])[0].shape == (0, 16)
+    assert calls == [1, 1, 1]
+
+
+def test_a_weight_in_the_place_of_another_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = random_packed(16, 64, bits=4, group_size=32)
+    operator(torch.randn(1, 64), [packed])
+    calls = of_python(monkeypatch)
+    rows = PackedTensor(packed.weight[:8], packed.scale[:8], packed.spec, packed.columns)
+    other = PackedTensor(packed.weight, packed.scale.clone(), packed.spec, packed.columns)
+    read = PackedTensor(packed.weight, packed.scale, WeightSpec(format="nf", bits=4, group_size=32), packed.columns)
+    x = torch.randn(1, 64)
+    for changed in (rows, other, read, packed):
+        assert torch.equal(operator(x, [changed])[0], products(x, [changed], None, None)[0])
+    assert calls == [1, 1, 1, 1]
+
+
+def test_written_to_in_place_it_reads_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, x = random_packed(16, 64, bits=4, group_size=32), torch.randn(1, 64)
+    before = operator(x, [packed])[0]
+    calls = of_python(monkeypatch)
+    packed.weight.copy_(random_packed(16, 64, bits=4, group_size=32, scale_dtype="float32").weight.flip(0))
+    after = operator(x, [packed])[0]
+    assert calls == []
+    assert not torch.equal(before, after)
+    assert torch.equal(after, products(x, [packed], None, None)[0])
+
+
+def test_errors_name_the_reason() -> None:
+    packed = round_to_nearest(torch.randn(16, 64), WeightSpec(bits=4))
+    operator(torch.randn(1, 64), [packed])
+    with pytest.raises(RuntimeError, match=r"32 columns|products_of_python"):  # torch 2.13 knows the message
+        operator(torch.randn(1, 32), [packed])
+
+
+def test_keeps_torchs_contract() -> None:
+    packed = round_to_nearest(torch.randn(16, 64), WeightSpec(bits=4, group_size=32))
+    arguments = (torch.randn(3, 64), ops._stored(packed), f"[{packed.spec.json}]", packed.columns)
+    with torch.no_grad():
+        torch.library.opcheck(ops.PRODUCTS, arguments)
