@@ -50,7 +50,11 @@ class BuildNative(build_ext):
             if not compiled.get(needed):
                 compiled[name] = []
         defines += [define for name, define in LEFT_OUT.items() if not compiled.get(name)]
-        objects = [*compile_one("api.cpp"), *compile_one("operator.cpp"), *(path for paths in compiled.values() for path in paths)]
+        objects = [
+            *compile_one("api.cpp"),
+            *compile_one("operator.cpp"),
+            *(path for paths in compiled.values() for path in paths),
+        ]
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         self.compiler.link_shared_object(objects, target, target_lang="c++")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_lowbit.integrations.compat.transformers import compile_everywhere
+
 if TYPE_CHECKING:
     from transformers import CompileConfig
 
@@ -27,6 +29,7 @@ def compile_config(modules_stay: bool = False) -> CompileConfig:
     options: dict[str, Any] = {"post_grad_custom_pre_pass": JoinProducts()}
     if modules_stay:
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-    config = CompileConfig(fullgraph=True, mode=None, options=options)
-    config._compile_all_devices = True
+    mode: Any = None  # torch takes a mode or options
+    config = CompileConfig(fullgraph=True, mode=mode, options=options)
+    compile_everywhere(config)
     return config

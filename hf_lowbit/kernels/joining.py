@@ -56,8 +56,8 @@ def _join(graph: Graph, calls: list[Node]) -> None:
         specs = f"[{', '.join(str(call.args[2])[1:-1] for call in calls)}]"
         joined = graph.call_function(PRODUCTS, (x, stored, specs, first.args[3]))
     joined.meta = {**first.meta, "val": values}
-    inputs = [call.meta.get("eager_input_vals") for call in calls]  # whose strides inductor keeps
-    if all(inputs):
+    inputs = [call.meta["eager_input_vals"] for call in calls if "eager_input_vals" in call.meta]
+    if len(inputs) == len(calls):  # inductor keeps their strides
         joined.meta["eager_input_vals"] = (*_tensors(arguments for arguments, _ in inputs), None, None), {}
     offset = 0
     for call in calls:

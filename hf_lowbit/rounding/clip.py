@@ -87,7 +87,8 @@ def search_grid(
     def weighted(part: Tensor, grid: Grid) -> Tensor:
         if part.shape[-1] != width:  # one grid for all: its rows share the weights
             rows = part.reshape(-1, 1, width)
-            return rounding_errors(rows, *(t.expand(len(rows), 1) for t in grid), number_format, weights).sum(0, True)
+            scale, zero_point = (tensor.expand(len(rows), 1) for tensor in grid)
+            return rounding_errors(rows, scale, zero_point, number_format, weights).sum(0, True)
         return rounding_errors(part, grid.scale, grid.zero_point, number_format, weights)
 
     return _chunked(grouped, spec, number_format, weighted, candidates, end_candidates, width, _CHUNKS_AT_ONCE)

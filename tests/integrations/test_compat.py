@@ -61,6 +61,14 @@ def test_transformers_marks_what_it_loaded(tmp_path: Path) -> None:
     assert all(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
 
 
+def test_transformers_compiles_where_it_is_told_to() -> None:
+    from transformers import CompileConfig
+    from transformers.generation import GenerationMixin
+
+    assert CompileConfig()._compile_all_devices is None
+    assert "compile_config._compile_all_devices" in inspect.getsource(GenerationMixin)
+
+
 def test_transformers_experts_have_the_layout_that_is_packed() -> None:
     from hf_lowbit.nn import kind_of
 

@@ -159,7 +159,7 @@ def test_compiled_layers_compute_and_learn_the_same() -> None:
     torch.testing.assert_close(y, expected)
     y.square().sum().backward()
     expected.square().sum().backward()
-    torch.testing.assert_close(x.grad, reference.grad)
+    torch.testing.assert_close(x.grad, reference.grad, rtol=1e-4, atol=1e-4)  # outputs reach 17
 
 
 def test_sixteen_bits_for_each_input_are_stored() -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "ConversionOps",
     "HfQuantizer",
     "base_model_prefix",
+    "compile_everywhere",
     "forget_ties",
     "keep_in_fp32",
     "mark_initialized",
@@ -89,6 +90,11 @@ def mark_quantized(model: nn.Module, quantizer: HfQuantizer) -> None:
     model_config: Any = model.config
     model_config.quantization_config = config
     _assign_is_quantized(model)
+
+
+def compile_everywhere(config: Any) -> None:
+    """Make `generate` compile its step with this CompileConfig on a CPU, too: transformers does on GPUs alone."""
+    config._compile_all_devices = True
 
 
 def name_or_path(model: Any) -> str:
