@@ -27,8 +27,8 @@ class AutoLowbitConfig(LowbitConfig):
         formats: what a layer of 2 to 4 bits may become, by the least error weighted with its inputs: "int", or "lloyd",
             levels for normal weights, at the same size and speed. Other programs read integers only.
         candidates: bits that the integer program chooses from.
-        tuning: of scales and norms in the end; None leaves it out. The default does so where low_rank
-            keeps an adapter.
+        tuning: of scales and norms in the end; None leaves it out. The default has two passes over the data, one where
+            blocks are trained, and is left out where low_rank keeps an adapter.
     """
 
     quant_method: ClassVar[MethodName] = MethodName("lowbit_auto")  # type: ignore[misc]
@@ -36,14 +36,15 @@ class AutoLowbitConfig(LowbitConfig):
     group_size: GroupSize = 64
     bits_per_weight: float | None = None
     effort: str | None = None
-    iterations: int = 32
+    iterations: int = 20
     rotate: bool | None = None
     formats: list[str] = field(default_factory=lambda: list(_FORMATS))
     candidates: list[int] = field(default_factory=lambda: [2, 3, 4, 8])
     tuning: TuningConfig | None = field(default_factory=TuningConfig)
 
     def __post_init__(self) -> None:
-        if self.low_rank is not None and self.tuning == TuningConfig():
+        is_default = self.tuning == TuningConfig()
+        if self.low_rank is not None and is_default:
             keep = self.low_rank.get("keep") if isinstance(self.low_rank, dict) else getattr(self.low_rank, "keep", "")
             self.tuning = None if keep == "adapter" else self.tuning  # it would train without the adapter
         super().__post_init__()
@@ -61,6 +62,8 @@ class AutoLowbitConfig(LowbitConfig):
             if not isinstance(given, list | tuple) or not given or not all(value in allowed for value in given):
                 raise ConfigError(f"AutoLowbitConfig: {name} must be some of {list(allowed)}, not {given!r}")
             setattr(self, name, list(given))
+        if is_default and self.tuning is not None and self.trains_blocks:
+            self.tuning = TuningConfig(epochs=1)
 
     @property
     def trains_blocks(self) -> bool:
