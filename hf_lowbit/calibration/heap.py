@@ -1,8 +1,10 @@
-"""Memory that was freed, handed back to the system."""
+"""Memory that is no longer needed, handed back to the system."""
 
 from __future__ import annotations
 
 import ctypes
+
+from torch import Tensor
 
 
 def hand_back_memory() -> None:
@@ -16,3 +18,9 @@ def hand_back_memory() -> None:
     except (AttributeError, OSError, TypeError):
         return
     trim(0)
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is part of something larger that would stay with it: a checkpoint, mapped whole."""
+    whole = tensor.untyped_storage().nbytes()
+    return tensor.clone() if whole > tensor.numel() * tensor.element_size() else tensor

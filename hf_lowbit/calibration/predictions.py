@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from hf_lowbit.calibration.heap import alone
 from hf_lowbit.calibration.inspected import first_output
 from hf_lowbit.calibration.store import TensorStore
 from hf_lowbit.calibration.units import Batch
@@ -74,9 +75,10 @@ class Predictions:
         """
         self._batches, self._store = list(batches), store
         head = _head_of(model)
-        self._head = (
-            None if head is None else [_alone(p.data) for p in (head.weight, head.bias) if isinstance(p, Tensor)]
-        )
+        parameters = [] if head is None else [p for p in (head.weight, head.bias) if isinstance(p, Tensor)]
+        for parameter in parameters:
+            parameter.data = alone(parameter.data)  # the model's own, too: it need not be there twice
+        self._head = None if head is None else [parameter.data for parameter in parameters]
         self._kept, self._sizes = [], []
         for batch in self._batches:
             size = samples_of(batch)
@@ -134,12 +136,6 @@ class Predictions:
 
     def _cut(self, piece: Piece) -> Batch:
         return part_of(self._batches[piece.batch], self._sizes[piece.batch], piece.samples)
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of a part of something larger that would stay in memory with it: a mapped checkpoint."""
-    whole = tensor.untyped_storage().nbytes()
-    return tensor.clone() if whole > tensor.numel() * tensor.element_size() else tensor
 
 
 def samples_of(batch: Batch) -> int:

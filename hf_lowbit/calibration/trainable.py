@@ -13,17 +13,34 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_lowbit.calibration.forwards import replaced_forwards
+from hf_lowbit.calibration.heap import alone
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[dict[Tensor, torch.dtype]]:
-    """Within it all floating tensors of the model are float32; yields the type that each has, and gets back."""
-    types = {t: t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+def in_float32(model: nn.Module, tables_stay: bool = False) -> Iterator[dict[Tensor, torch.dtype]]:
+    """Within it floating tensors of the model are float32; yields the types that they have, and get back.
+
+    Args:
+        tables_stay: weights of linear layers and embeddings, a small model's largest tensors, stay as they are: for
+            autocast, which multiplies by the same values. What embeddings return is float32.
+    """
+    readers = [m for m in model.modules() if tables_stay and isinstance(m, nn.Linear | nn.Embedding)]
+    tables = {reader.weight for reader in readers}
+    types = {t: t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t not in tables}
+    handles = [
+        reader.register_forward_hook(lambda module, args, output: output.float())
+        for reader in readers
+        if isinstance(reader, nn.Embedding)
+    ]
     try:
+        for table in tables:
+            table.data = alone(table.data)
         for tensor in types:
             tensor.data = tensor.data.float()
         yield types
     finally:
+        for handle in handles:
+            handle.remove()
         for tensor, dtype in types.items():
             tensor.data = tensor.data.to(dtype)
 

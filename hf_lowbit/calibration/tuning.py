@@ -64,12 +64,13 @@ def tune(
     """
     pieces = _as_many(predictions.pieces(samples))
     hand_back_memory()  # of the float weights
-    with in_float32(model) as types:
+    fast = has_bfloat16_units(next(model.parameters()).device)
+    with in_float32(model, tables_stay=fast) as types:
         hand_back_memory()
         scales, norms = TunedScales(model), list(norm_parameters(model).values())
         originals = [norm.detach().clone() for norm in norms]
         judged = pieces[:: max(1, len(pieces) // _JUDGED)]
-        with scales.applied(), _fast_arithmetic(model):
+        with scales.applied(), _arithmetic(model, fast):
             before = _mean_loss(model, predictions, judged)
             hand_back_memory()
             with only_trained(model, norms), recomputing(_blocks(model)):
@@ -128,9 +129,8 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [model.get_submodule(name) for stack in stacks for name in stack.blocks]
 
 
-def _fast_arithmetic(model: nn.Module) -> torch.autocast:
-    device = next(model.parameters()).device
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16_units(device))
+def _arithmetic(model: nn.Module, fast: bool) -> torch.autocast:
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=fast)
 
 
 def _as_many(pieces: list[Piece]) -> list[Piece]:

@@ -3,11 +3,11 @@
 from hf_lowbit.kernels.activation import Codes, quantize_tokens, restore_tokens
 from hf_lowbit.kernels.decoding import decode_matrix, look_up_rows
 from hf_lowbit.kernels.eager import is_eager, is_untouched
+from hf_lowbit.kernels.grid_errors import rounding_errors
 from hf_lowbit.kernels.known import MOST_TOKENS, Product, known_products
 from hf_lowbit.kernels.linear import packed_linear, packed_linears
 from hf_lowbit.kernels.operand import Operand, quantize_codes
 from hf_lowbit.kernels.products import convolution_of_codes
-from hf_lowbit.kernels.rounding_errors import rounding_errors
 from hf_lowbit.kernels.routes import BACKENDS, NATIVE_TOKENS, kernel_of, why_not
 from hf_lowbit.kernels.shifted import row_sums
 from hf_lowbit.kernels.sliced import arithmetic, multiplies_integers, sliced_linear

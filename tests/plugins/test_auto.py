@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,10 @@ def test_each_layer_takes_the_format_that_loses_less() -> None:
 def test_it_is_better_than_gptq_alone() -> None:
     model = llama()
     gptq = hf_lowbit.GPTQConfig(bits=3, group_size=32, dataset=data(), num_samples=16, sequence_length=24)
-    plain = divergence(hf_lowbit.quantize(copy.deepcopy(model), gptq), model)
+    clipped = divergence(hf_lowbit.quantize(copy.deepcopy(model), gptq), model)
+    plain = divergence(hf_lowbit.quantize(copy.deepcopy(model), dataclasses.replace(gptq, search_clip=False)), model)
     fast = divergence(hf_lowbit.quantize(copy.deepcopy(model), auto(bits=3, tuning={"epochs": 4})), model)
-    assert fast < 0.8 * plain
+    assert fast < clipped and fast < 0.8 * plain
 
 
 @pytest.mark.parametrize(

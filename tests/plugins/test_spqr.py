@@ -51,7 +51,7 @@ def test_less_is_lost_than_by_gptq_in_its_format(bits: int, most: float, act_ord
     """Outliers are what it adds: here 2 % of the weights at 3 bits, 0.2 % at 4 (measured: 0.34 and 0.64 to 0.90)."""
     reference, model = outlier_llama(), quantized(outlier_llama(), SpQRConfig(bits=bits, act_order=act_order))
     shared = {"group_size": 16, "symmetric": False, "real_zero_point": True, "scale_bits": 3, "act_order": act_order}
-    theirs = quantized(outlier_llama(), GPTQConfig(bits=bits, **shared))
+    theirs = quantized(outlier_llama(), GPTQConfig(bits=bits, search_clip=False, **shared))
     assert logit_error(model, reference) < most * logit_error(theirs, reference)
     assert exact_of(model)
 

@@ -1,5 +1,6 @@
 """The native CPU kernels: C++ behind a C interface, working on packed tensors as they lie on disk."""
 
+from hf_lowbit.kernels.cpu.grid_errors import rounding_errors
 from hf_lowbit.kernels.cpu.library import (
     available,
     instruction_set,
@@ -20,7 +21,6 @@ from hf_lowbit.kernels.cpu.products import (
     multiplies_int8,
     multiplies_many,
 )
-from hf_lowbit.kernels.cpu.rounding import rounding_errors
 from hf_lowbit.kernels.cpu.state_space import causal_convolution, selective_scan
 
 __all__ = [
