@@ -21,6 +21,6 @@ def hand_back_memory() -> None:
 
 
 def alone(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where it is part of something larger that would stay with it: a checkpoint, mapped whole."""
+    """The tensor, or a copy where it is part of something larger that would stay with it: a mapped checkpoint."""
     whole = tensor.untyped_storage().nbytes()
     return tensor.clone() if whole > tensor.numel() * tensor.element_size() else tensor
