@@ -89,6 +89,8 @@ VARIANTS = {
         Variant("auto-3.63-untuned", "auto", {"bits_per_weight": 3.63, "tuning": None}, False),
         Variant("auto-branch-untuned", "auto", {"low_rank": BRANCH, "tuning": None}, False),
         Variant("auto-fast", "auto", {"effort": "fast"}, False),
+        Variant("auto-12", "auto", {"iterations": 12}, False),
+        Variant("auto-32", "auto", {"iterations": 32, "tuning": {"epochs": 2}}, False),
         Variant("auto-best", "auto", {"effort": "best"}),
         Variant("autoround", "peer:autoround", {"iterations": 200}),
         Variant("autoround-50", "peer:autoround", {"iterations": 50}),
