@@ -127,6 +127,7 @@ def _calibrate(model: nn.Module, config: LowbitConfig, recipe: Recipe, run: Run,
             folder=checkpoint.folder.parent, compensation=_compensation(config, plan),
             rounding=recipe.rounding if recipe.rounds_each else None, percentile=config.activation_percentile,
             fit_inputs=recipe.fit_inputs, original=original, placement=placement,
+            mixed_precision=recipe.mixed_precision,
         )  # fmt: skip
         walked = walk.run()
         if recipe.refine is not None and original is not None:

@@ -18,7 +18,6 @@ from torch.func import functional_call
 
 from hf_lowbit.calibration.block import Block
 from hf_lowbit.formats import ActivationSpec
-from hf_lowbit.kernels.routes import has_bfloat16_units
 from hf_lowbit.rounding.learned import LearnedWeight
 from hf_lowbit.training.optimizers import make_optimizer
 from hf_lowbit.training.straight_through import simulate_activation
@@ -36,8 +35,6 @@ class Training:
         keep_best: where the last pass over the data lost more than an earlier one, end with the parameters that the
             best pass began with; False always ends with the last ones.
         quantized_inputs: layers whose inputs will be quantized read them so meanwhile; False: as they come.
-        mixed_precision: products in bfloat16 where that is faster than float32; parameters, losses and what flows
-            between blocks stay float32.
     """
 
     iterations: int = 200
@@ -46,7 +43,6 @@ class Training:
     keep_best: bool = True
     decay: bool = True
     quantized_inputs: bool = True
-    mixed_precision: bool = False
 
 
 class Learned(Protocol):
@@ -102,7 +98,7 @@ def reconstruct(
                     group["lr"] = training.learning_rate * group["lr_scale"] * (1 - progress * training.decay)
                 for weight in learned.values():
                     weight.anneal_(progress)
-                loss = _loss(block, learned, rewrite, batch, training.mixed_precision)
+                loss = _loss(block, learned, rewrite, batch)
                 losses.append(loss.item())
                 if best is not None:
                     best.see(losses[-1], len(order) == 0)
@@ -159,15 +155,12 @@ class _Best:
             parameter.copy_(kept)
 
 
-def _loss(
-    block: Block, learned: Mapping[str, LearnedWeight], rewrite: Rewrite | None, batch: int, mixed_precision: bool
-) -> Tensor:
+def _loss(block: Block, learned: Mapping[str, LearnedWeight], rewrite: Rewrite | None, batch: int) -> Tensor:
     args, kwargs = block.arguments(batch)
     values = _parameters(block, learned)
     if rewrite is not None:
         values = {**rewrite.values(without=values), **values}
-    fast = mixed_precision and has_bfloat16_units(block.device)
-    with torch.autocast(block.device.type, torch.bfloat16, enabled=fast):
+    with block.products():
         output = block.output_of(functional_call(block.module, values, args, kwargs))
     return torch.nn.functional.mse_loss(output.float(), block.target(batch))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from hf_lowbit.calibration.gains import commutes, fold_gain, in_float64
-from hf_lowbit.calibration.heap import hand_back_memory
+from hf_lowbit.calibration.heap import hand_back_memory, hand_back_pages
 from hf_lowbit.calibration.snapshot import remember
 from hf_lowbit.calibration.stream import Stream, StreamError, find_stream
 from hf_lowbit.calibration.units import Batch, first_sample, without_cache
@@ -100,7 +100,8 @@ def rotate_stream(model: nn.Module, batches: Sequence[Batch], seed: int = 0) -> 
 
 def _promote(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
-        tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
+        before, tensor.data = tensor.data, tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
+        hand_back_pages([before])
 
 
 def _untie(model: nn.Module, stream: Stream) -> dict[str, nn.Parameter]:
@@ -117,16 +118,19 @@ def _untie(model: nn.Module, stream: Stream) -> dict[str, nn.Parameter]:
 
 
 def _rotate(model: nn.Module, stream: Stream, seed: int) -> None:
+    originals = [parameter.data for parameter in model.parameters()]
     norms = [model.get_submodule(name) for name in stream.norms]
     rotation = _rotation(norms, stream.width, seed)
     for norm, readers in zip(norms, stream.norms.values(), strict=True):
         fold_gain(norm, [model.get_submodule(reader) for reader in readers], rotation)
+        hand_back_pages(originals)
     for names, weights in ((_readers(stream), input_weights), (stream.writers, output_weights)):
         found = [(name, *entry) for name in names for entry in weights(model.get_submodule(name))]
         for name, parameter, dim in {id(entry[1]): entry for entry in found}.values():  # some serve several modules
             if parameter.shape[dim] != stream.width:
                 raise StreamError(f"{name} holds a weight of another shape: {tuple(parameter.shape)}")
             parameter.data = in_float64(parameter.data, dim, rotation)
+            hand_back_pages(originals)
 
 
 def _readers(stream: Stream) -> list[str]:

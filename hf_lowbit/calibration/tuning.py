@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_lowbit.calibration.arithmetic import products
 from hf_lowbit.calibration.heap import hand_back_memory
 from hf_lowbit.calibration.norms import norm_parameters
 from hf_lowbit.calibration.parallel import processes
@@ -64,13 +65,13 @@ def tune(
     """
     pieces = _as_many(predictions.pieces(samples))
     hand_back_memory()  # of the float weights
-    fast = has_bfloat16_units(next(model.parameters()).device)
-    with in_float32(model, tables_stay=fast) as types:
+    device = next(model.parameters()).device
+    with in_float32(model, tables_stay=has_bfloat16_units(device)) as types:
         hand_back_memory()
         scales, norms = TunedScales(model), list(norm_parameters(model).values())
         originals = [norm.detach().clone() for norm in norms]
         judged = pieces[:: max(1, len(pieces) // _JUDGED)]
-        with scales.applied(), _arithmetic(model, fast):
+        with scales.applied(), products(device, mixed_precision=True):
             before = _mean_loss(model, predictions, judged)
             hand_back_memory()
             with only_trained(model, norms), recomputing(_blocks(model)):
@@ -127,10 +128,6 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     """Those that follow each other: what all of them compute would have to be kept at once."""
     stacks = find_stacks(model, packed_modules(model))
     return [model.get_submodule(name) for stack in stacks for name in stack.blocks]
-
-
-def _arithmetic(model: nn.Module, fast: bool) -> torch.autocast:
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=fast)
 
 
 def _as_many(pieces: list[Piece]) -> list[Piece]:

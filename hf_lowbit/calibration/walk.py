@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lowbit.calibration.arithmetic import products
 from hf_lowbit.calibration.block import Block, Pack, PackedParameter
 from hf_lowbit.calibration.calls import Calls
 from hf_lowbit.calibration.checkpoint import Checkpoint
@@ -73,6 +74,7 @@ class Walk:
         fit_inputs: finds these scales in another way.
         original: a float copy of the model, where there is one already.
         placement: where blocks are computed; None for where the model is.
+        mixed_precision: blocks compute in bfloat16 where that is faster (:mod:`hf_lowbit.calibration.arithmetic`).
     """
 
     def __init__(
@@ -94,13 +96,14 @@ class Walk:
         fit_inputs: FitInputs | None = None,
         original: nn.Module | None = None,
         placement: Placement | None = None,
+        mixed_precision: bool = False,
     ) -> None:
         self.model, self.layers, self.step, self.pack = model, dict(layers), step, pack
         self.percentile, self.fit_inputs, self.original = percentile, fit_inputs, original
         self.placement = Placement(model, layers) if placement is None else placement
         self.batches = ready(model, batches, self.placement.device)
         self.targets, self.checkpoint, self.seed, self.limit, self.folder = targets, checkpoint, seed, limit, folder
-        self.compensation, self.rounding = compensation, rounding
+        self.compensation, self.rounding, self.mixed_precision = compensation, rounding, mixed_precision
         self.walked = Walked()
 
     @torch.no_grad()
@@ -219,13 +222,14 @@ class Walk:
                 kept |= {f"{key[:-6]}output_dtype": dtype for key, dtype in kept.items() if key.endswith("weight")}
                 module.float()
                 if floats is not None:
-                    targets = advance(floats, index, module, targets, store)
+                    targets = self._advance(floats, index, module, targets, store)
                 layers = {
                     layer[len(name) + 1 :]: self.layers[layer] for layer in layers_of(name, self.layers)
                 }  # "" is the block itself
                 block = Block(
-                    name, module, layers, calls, index, store, inputs, targets, self.pack, self.seed, self.compensation
-                )
+                    name, module, layers, calls, index, store, inputs, targets, self.pack, self.seed,
+                    self.compensation, self.mixed_precision,
+                )  # fmt: skip
                 restored = self._finished(name) if finished is None else finished
                 wait_for_all()  # before any process can have written this block
                 if restored is None:
@@ -236,7 +240,7 @@ class Walk:
                     replace_module(self.model, name, block.module)
                 _round_trip(block.module, kept)
                 if not last:
-                    inputs = advance(calls, index, block.module, inputs, store)
+                    inputs = self._advance(calls, index, block.module, inputs, store)
                 _restore_types(block.module, kept)
                 becomes(block.module)
             self._account(block, restored is not None)
@@ -250,6 +254,12 @@ class Walk:
         if not unit.is_chain:
             for replay in replays.values():
                 replay.finish(unit.stack.blocks[0])
+
+    def _advance(
+        self, calls: Calls, index: int, module: nn.Module, keys: list[int], store: TensorStore
+    ) -> list[int]:
+        with products(self.placement.device, self.mixed_precision):
+            return advance(calls, index, module, keys, store)
 
     def _finished(self, block: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What an earlier run made of a block."""

@@ -39,12 +39,12 @@ def make_recipe(config: AutoLowbitConfig) -> Recipe:
 
     def calibrate(block: Block) -> None:
         if config.trains_blocks:
-            training = Training(config.iterations, 0.5 / config.iterations, mixed_precision=True)
-            sign_round(block, training, choose=choose)
+            sign_round(block, Training(config.iterations, 0.5 / config.iterations), choose=choose)
         else:
             round_second_order(block, rounding)
 
-    return Recipe(calibrate=calibrate, prepare=prepare, targets=config.trains_blocks)
+    trains = config.trains_blocks
+    return Recipe(calibrate=calibrate, prepare=prepare, targets=trains, mixed_precision=trains)
 
 
 def choose_bits(model: nn.Module, config: AutoLowbitConfig, batches: Sequence[dict[str, Any]]) -> str:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from hf_lowbit.calibration.heap import alone
 from hf_lowbit.calibration.trainable import in_float32, recomputing
 
 
@@ -70,10 +69,3 @@ def test_tables_that_stay_multiply_as_autocast_would() -> None:
     assert torch.equal(*outputs) and torch.equal(*gradients)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not model.table._forward_hooks
-
-
-def test_a_part_of_something_larger_is_copied() -> None:
-    whole = torch.randn(8, 4)
-    assert alone(whole) is whole
-    part = alone(whole[2:4])
-    assert torch.equal(part, whole[2:4]) and part.untyped_storage().nbytes() == 32
