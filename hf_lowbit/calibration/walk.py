@@ -255,9 +255,7 @@ class Walk:
             for replay in replays.values():
                 replay.finish(unit.stack.blocks[0])
 
-    def _advance(
-        self, calls: Calls, index: int, module: nn.Module, keys: list[int], store: TensorStore
-    ) -> list[int]:
+    def _advance(self, calls: Calls, index: int, module: nn.Module, keys: list[int], store: TensorStore) -> list[int]:
         with products(self.placement.device, self.mixed_precision):
             return advance(calls, index, module, keys, store)
 
