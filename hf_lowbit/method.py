@@ -40,8 +40,8 @@ class Recipe:
             it. A calibrated method's is used where there is nothing to calibrate on (merging an adapter).
         calibrate: what a calibrated method does with each block, in the order of the model.
         targets: whether it needs what the float model's blocks return (:meth:`Block.target`).
-        mixed_precision: blocks compute in bfloat16 while they are calibrated, where that is faster than float32: for
-            methods that train them.
+        mixed_precision: products in blocks are bfloat16 while these are calibrated, where that is faster than float32;
+            statistics and rounding stay float32.
         prepare: rewrites the whole float model first, in place and exactly: model, batches of its arguments -> lines
             for the report. Parameters get new values as new ``data``, so that a failure can be undone; it may untie.
         rounds_each: ``calibrate`` is a data-free method's ``rounding`` of every matrix: the platform sets it where

@@ -43,8 +43,7 @@ def make_recipe(config: AutoLowbitConfig) -> Recipe:
         else:
             round_second_order(block, rounding)
 
-    trains = config.trains_blocks
-    return Recipe(calibrate=calibrate, prepare=prepare, targets=trains, mixed_precision=trains)
+    return Recipe(calibrate=calibrate, prepare=prepare, targets=config.trains_blocks, mixed_precision=True)
 
 
 def choose_bits(model: nn.Module, config: AutoLowbitConfig, batches: Sequence[dict[str, Any]]) -> str:
