@@ -32,7 +32,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--generate", default=",".join(GENERATE), help=f"how, of {','.join(GENERATE)}; compiling takes minutes"
     )
-    parser.add_argument("--output", type=Path, help="JSON; written anew after every part")
+    parser.add_argument("--output", type=Path, help="JSON; written anew after every row")
     parser.add_argument("--plot", type=Path, help="PNG")
     options = parser.parse_args()
     lists = {"only": PARTS, "peers": tuple(peers.PEERS), "models": tuple(models.SHAPES), "generate": tuple(GENERATE)}
@@ -86,8 +86,8 @@ def main(description: str | None) -> None:
     bandwidth = 1e3 * report["copy_gb_s"]  # bytes per microsecond
     for row in product_rows(options, bandwidth):
         report["rows"].append(row)
+        _write(report, options)
         print(f"{time.perf_counter() - begun:5.0f} s  {kernel_line(row)}", flush=True)
-    _write(report, options)
     for row in model_rows(options, bandwidth) if "models" in options.only else ():
         report["models"].append(row)
         _write(report, options)

@@ -38,10 +38,9 @@ def launch_fused(x: Tensor, matrices: Sequence[Matrix], x_scale: Tensor | None, 
 
 def alike(x: Tensor, matrix: Matrix) -> tuple[Any, ...]:
     """What matrices have in common that are multiplied in one launch: their blocks, too, so that no bit changes."""
-    layout, packed = matrix.layout, matrix.packed
-    assert layout.tiling is not None
-    shape = blocks.fused_block(x.shape[0], matrix.rows, packed.spec.bits, layout.tiling)
-    return layout, packed.scale.shape[0] < matrix.rows, *shape.values()
+    assert matrix.layout.tiling is not None
+    shape = _fused_block(x.shape[0], matrix, matrix.layout.tiling)
+    return matrix.layout, matrix.packed.scale.shape[0] < matrix.rows, *shape.values()
 
 
 def bind_fused(x: Tensor, matrices: Sequence[Matrix]) -> Bound | None:
@@ -93,7 +92,7 @@ def _fused_plan(
     matrix = matrices[0]
     layout, packed, unpacking = matrix.layout, matrix.packed, matrix.layout.unpacking
     tokens, bits, rows = x.shape[0], packed.spec.bits, [one.rows for one in matrices]
-    shape = blocks.fused_block(tokens, rows[0], bits, tiling)
+    shape = _fused_block(tokens, matrix, tiling)
     count, words, groups = codes_of_unit(bits), packed.weight.shape[1], packed.scale.shape[1]
     units, scaled = matrix.columns // count, tiling.parts if tiling.scales_weights else 0
     numbers = (
@@ -114,6 +113,12 @@ def _fused_plan(
         constants["PREFETCHED"] = 0
     every = sum(triton.cdiv(height, shape["ROWS"]) for height in rows)
     return Plan((every, triton.cdiv(tokens, shape["TOKENS"]), 1), numbers, constants)
+
+
+def _fused_block(tokens: int, matrix: Matrix, tiling: Tiling) -> dict[str, int]:
+    bits, layout = matrix.packed.spec.bits, matrix.layout
+    plain = layout.offset is not None and layout.zero_kind == 0
+    return blocks.fused_block(tokens, matrix.rows, bits, tiling, matrix.columns // codes_of_unit(bits), plain)
 
 
 def launch_digits(x: Tensor, matrix: Matrix, recorded: bool) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,11 +14,10 @@ from hf_lowbit.formats.packed import from_bits
 from hf_lowbit.formats.spec import SCALE_DTYPES
 from hf_lowbit.kernels.triton import blocks
 from hf_lowbit.kernels.triton.blocks import DIGIT_TOKENS, FUSED_TOKENS, SLICE_BYTES, has_digits, is_wide
-from hf_lowbit.kernels.triton.device import interpreted
+from hf_lowbit.kernels.triton.device import interpreted, on_device_of
 from hf_lowbit.kernels.triton.matrix import FLOAT_TYPES, HALF_TYPES, Matrix
 from hf_lowbit.kernels.triton.unpack import CHUNK_BITS
 
-_TILE_ROWS = 4096  # decoded at a time in forward: fewer, and products are slower; more, and they leave the cache
 _GRADIENT_ELEMENTS = 1 << 22
 _MOST_COLUMNS = 1 << 15  # of a token that one block reads
 _UNIT_MULTIPLE = 16  # of every side of a product in int8 or float8
@@ -48,12 +48,45 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
         from hf_lowbit.kernels.triton.launch import launch_fused
 
         return launch_fused(x, (matrix,), None, x.dtype)[0]
-    if matrix.rows <= _TILE_ROWS:
+    if matrix.rows <= blocks.TILE_ROWS:
         return F.linear(x, decode_rows(matrix, slice(None), x.dtype))
+    if x.is_cuda and x.shape[0] >= blocks.OVERLAPPED_TOKENS:
+        return _overlapped(x, matrix)
     result = x.new_empty(x.shape[0], matrix.rows)
-    for rows, tile in _tiles(matrix, x.dtype, _TILE_ROWS):
+    for rows, tile in _tiles(matrix, x.dtype, blocks.TILE_ROWS):
         torch.mm(x, tile.t(), out=result[:, rows])
     return result
+
+
+def _overlapped(x: Tensor, matrix: Matrix) -> Tensor:
+    """Products of decoded tiles of rows. On another stream the next tile is decoded into a second buffer meanwhile.
+
+    Multiprocessors that the end of a product leaves idle decode then.
+    """
+    result, step = x.new_empty(x.shape[0], matrix.rows), blocks.TILE_ROWS
+    buffers = x.new_empty(2, step, matrix.columns)
+    with on_device_of(x):
+        here, other = torch.cuda.current_stream(), _decoding_stream(x.device, is_recorded(x))
+        other.wait_stream(here)
+        multiplied: list[torch.cuda.Event] = []
+        for place, start in enumerate(range(0, matrix.rows, step)):
+            rows = slice(start, min(start + step, matrix.rows))
+            with torch.cuda.stream(other):
+                if place >= len(buffers):
+                    other.wait_event(multiplied[-len(buffers)])
+                buffer = buffers[place % len(buffers), : rows.stop - start]
+                tile = decode_rows(matrix, rows, x.dtype, buffer)
+                decoded = other.record_event()
+            here.wait_event(decoded)
+            torch.mm(x, tile.t(), out=result[:, rows])
+            multiplied.append(here.record_event())
+    return result
+
+
+@cache
+def _decoding_stream(device: torch.device, recorded: bool) -> torch.cuda.Stream:
+    """What is recorded into a CUDA graph has one of its own: another thread may go on with the other."""
+    return torch.cuda.Stream(device)
 
 
 def is_recorded(x: Tensor) -> bool:

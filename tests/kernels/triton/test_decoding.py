@@ -158,8 +158,8 @@ def test_siblings_in_a_graph() -> None:
 @torch.no_grad()
 def test_a_graph_records_digits_and_python_launches_the_fused_kernel() -> None:
     """Both are launched before a graph is recorded: compiled is nothing in it."""
-    matrix = triton.describe(moved(random_packed(64, 2048, bits=4, group_size=128)), torch.bfloat16)
-    x = inputs(1, 2048, torch.bfloat16)
+    matrix = triton.describe(moved(random_packed(64, 4096, bits=4, group_size=128)), torch.bfloat16)
+    x = inputs(1, 4096, torch.bfloat16)
     assert matrix is not None
     assert takes_digits(x, (matrix,), recorded=True) and not takes_digits(x, (matrix,), recorded=False)
     launch, out, recorded = triton.prepare(x, (matrix,)), x.new_empty(1, 64), x.new_empty(1, 64)

@@ -76,7 +76,8 @@ def test_which_products_are_measured_to_be_faster() -> None:
         assert matrix is not None
         return suits_digits(torch.empty(tokens, columns, dtype=dtype, device=DEVICE), matrix)
 
-    assert suits(16, 2048, bits=4, group_size=128)
+    assert suits(16, 4096, bits=4, group_size=128)
+    assert not suits(16, 2048, bits=4, group_size=128) and not suits(16, 8192, bits=4, group_size=128)
     for fields in (
         {"bits": 4, "group_size": 64},
         {"bits": 2},
@@ -85,6 +86,6 @@ def test_which_products_are_measured_to_be_faster() -> None:
         {"bits": 3},
     ):
         assert not suits(16, 4096, **fields)
-    assert suits(16, 8192, bits=4, group_size=2048) and not suits(16, 8192, bits=4, group_size=4096)
-    assert not suits(16, 2048, tokens=2, bits=4) and not suits(24, 2048, bits=4) and not suits(16, 2048 + 64, bits=4)
-    assert not suits(16, 2048, dtype=torch.float32, bits=4)
+    assert suits(8192, 2048, bits=4, group_size=512) and not suits(8192, 2048, bits=4, group_size=1024)
+    assert not suits(16, 4096, tokens=2, bits=4) and not suits(24, 4096, bits=4) and not suits(16, 4096 + 64, bits=4)
+    assert not suits(16, 4096, dtype=torch.float32, bits=4)

@@ -7,6 +7,7 @@ import torch
 
 from hf_lowbit.formats import ActivationSpec, decode
 from hf_lowbit.kernels import packed_linear, triton
+from hf_lowbit.kernels.triton import blocks
 from tests.kernels.cpu.matrices import random_packed
 from tests.kernels.triton.test_products import DEVICE, inputs, moved
 
@@ -46,3 +47,20 @@ def test_prepared_launches_repeat_the_product(fields: dict[str, object]) -> None
             launch(x, out)
             torch.testing.assert_close(out, triton.linear(x, matrix), rtol=0, atol=0)
     assert triton.prepare(inputs(300, 2048).bfloat16(), (matrix,)) is None
+
+
+@torch.no_grad()
+def test_tiles_decoded_on_another_stream_give_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "TILE_ROWS", 32)
+    matrix, x = triton.describe(moved(random_packed(150, 256, bits=4)), torch.bfloat16), inputs(300, 256).bfloat16()
+    assert matrix is not None and x.shape[0] < blocks.OVERLAPPED_TOKENS
+    expected = triton.linear(x, matrix)
+    monkeypatch.setattr(blocks, "OVERLAPPED_TOKENS", 1)
+    assert torch.equal(triton.linear(x, matrix), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = triton.linear(x, matrix)
+    for _ in range(2):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)

@@ -56,8 +56,8 @@ def test_other_formats_and_other_blocks_are_not_alike() -> None:
 
 
 def test_digits_are_for_graphs_and_for_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.empty(1, 2048, dtype=torch.float16, device=DEVICE)
-    matrix = triton.describe(moved(random_packed(16, 2048, bits=4, group_size=128)), x.dtype)
+    x = torch.empty(1, 4096, dtype=torch.float16, device=DEVICE)
+    matrix = triton.describe(moved(random_packed(16, 4096, bits=4, group_size=128)), x.dtype)
     assert matrix is not None and suits_digits(x, matrix)
     one, two, size = (matrix,), (matrix, matrix), matrix.packed.weight.nbytes
     assert takes_digits(x, one, recorded=True) and not takes_digits(x, two, recorded=True)
