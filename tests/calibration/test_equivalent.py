@@ -46,7 +46,7 @@ def mean_loss(
 ) -> float:
     """Of one pass over the data."""
     with _quantized_inputs(block, through_scale=False):
-        losses = [float(_loss(block, learned, transformation, batch, False)) for batch in range(len(block))]
+        losses = [float(_loss(block, learned, transformation, batch)) for batch in range(len(block))]
     return sum(losses) / len(losses)
 
 

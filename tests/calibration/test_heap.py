@@ -48,12 +48,12 @@ def test_a_mapped_tensor_is_copied(tmp_path: Path) -> None:
 
 @linux
 def test_pages_of_a_mapped_file_go_and_come_back(tmp_path: Path) -> None:
-    tensors = mapped(tmp_path, 1 << 23)
+    tensors = mapped(tmp_path, 1 << 25)
     total = [tensor.sum() for tensor in tensors.values()]  # reads all of it
     before = resident("RssFile")
     hand_back_pages(tensors.values())
     size = sum(tensor.nbytes for tensor in tensors.values())
-    assert resident("RssFile") < before - 0.9 * size
+    assert resident("RssFile") < before - size / 2  # each processor may hold tens of megabytes back
     assert [tensor.sum() for tensor in tensors.values()] == total
 
 
