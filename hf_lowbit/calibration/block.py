@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_lowbit.calibration.arithmetic import products
+from hf_lowbit.calibration.autocast import autocast
 from hf_lowbit.calibration.calls import Calls
 from hf_lowbit.calibration.gathering import Gathering
 from hf_lowbit.calibration.low_rank import UNCOMPENSATED, BlockCompensation, Compensation, Rounding
@@ -125,14 +125,14 @@ class Block:
         """The tensor that flows on, of what the module returned."""
         return self._calls.output(self._index, value)
 
-    def products(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         """Within it the block computes as its method asked for (:attr:`hf_lowbit.method.Recipe.mixed_precision`)."""
-        return products(self.device, self._mixed_precision)
+        return autocast(self.device, self._mixed_precision)
 
     def run(self, batch: int) -> Tensor:
         """The block's output for a batch."""
         args, kwargs = self.arguments(batch)
-        with self.products(), at_timestep(self.timestep(batch)):
+        with self.autocast(), at_timestep(self.timestep(batch)):
             return self.output_of(self.module(*args, **kwargs))
 
     def hessians(self, keys: Collection[str] | None = None) -> dict[str, Hessian]:
@@ -170,7 +170,7 @@ class Block:
         with gathering.listening():
             for batch in range(len(self)):
                 args, kwargs = self.arguments(batch)
-                with self.products(), gathering.batch(args, kwargs), at_timestep(self.timestep(batch)):
+                with self.autocast(), gathering.batch(args, kwargs), at_timestep(self.timestep(batch)):
                     self.module(*args, **kwargs)
         alias = gathering.alias
         combine([statistic for key, statistic in statistics.items() if key not in alias])

@@ -160,7 +160,7 @@ def _loss(block: Block, learned: Mapping[str, LearnedWeight], rewrite: Rewrite |
     values = _parameters(block, learned)
     if rewrite is not None:
         values = {**rewrite.values(without=values), **values}
-    with block.products():
+    with block.autocast():
         output = block.output_of(functional_call(block.module, values, args, kwargs))
     return torch.nn.functional.mse_loss(output.float(), block.target(batch))
 

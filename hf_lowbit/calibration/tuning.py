@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_lowbit.calibration.arithmetic import products
+from hf_lowbit.calibration.autocast import autocast
 from hf_lowbit.calibration.heap import hand_back_memory
 from hf_lowbit.calibration.norms import norm_parameters
 from hf_lowbit.calibration.parallel import processes
@@ -71,7 +71,7 @@ def tune(
         scales, norms = TunedScales(model), list(norm_parameters(model).values())
         originals = [norm.detach().clone() for norm in norms]
         judged = pieces[:: max(1, len(pieces) // _JUDGED)]
-        with scales.applied(), products(device, mixed_precision=True):
+        with scales.applied(), autocast(device, mixed_precision=True):
             before = _mean_loss(model, predictions, judged)
             hand_back_memory()
             with only_trained(model, norms), recomputing(_blocks(model)):

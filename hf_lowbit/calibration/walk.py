@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lowbit.calibration.arithmetic import products
+from hf_lowbit.calibration.autocast import autocast
 from hf_lowbit.calibration.block import Block, Pack, PackedParameter
 from hf_lowbit.calibration.calls import Calls
 from hf_lowbit.calibration.checkpoint import Checkpoint
@@ -74,7 +74,7 @@ class Walk:
         fit_inputs: finds these scales in another way.
         original: a float copy of the model, where there is one already.
         placement: where blocks are computed; None for where the model is.
-        mixed_precision: blocks compute in bfloat16 where that is faster (:mod:`hf_lowbit.calibration.arithmetic`).
+        mixed_precision: blocks compute in bfloat16 where that is faster (:mod:`hf_lowbit.calibration.autocast`).
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class Walk:
                 replay.finish(unit.stack.blocks[0])
 
     def _advance(self, calls: Calls, index: int, module: nn.Module, keys: list[int], store: TensorStore) -> list[int]:
-        with products(self.placement.device, self.mixed_precision):
+        with autocast(self.placement.device, self.mixed_precision):
             return advance(calls, index, module, keys, store)
 
     def _finished(self, block: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

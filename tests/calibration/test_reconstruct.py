@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_lowbit
-from hf_lowbit.calibration import arithmetic
+from hf_lowbit.calibration import autocast
 from hf_lowbit.calibration.block import Block
 from hf_lowbit.calibration.reconstruct import Training, reconstruct
 from hf_lowbit.kernels.activation import quantize_tokens
@@ -68,7 +68,7 @@ def test_the_block_comes_closer_to_what_the_float_one_returns(keep_best: bool) -
 
 
 def test_products_in_bfloat16_train_nearly_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arithmetic, "has_bfloat16_units", lambda device: True)
+    monkeypatch.setattr(autocast, "has_bfloat16_units", lambda device: True)
     losses = []
 
     def check(block: Block) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lowbit.calibration import arithmetic
+from hf_lowbit.calibration import autocast
 from hf_lowbit.calibration.block import Block
 from tests.plugins.outliers import outlier_llama, relative, walk
 
@@ -30,7 +30,7 @@ def seen(mixed_precision: bool) -> list[Tensor]:
 
 
 def test_everything_is_computed_a_little_less_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arithmetic, "has_bfloat16_units", lambda device: True)
+    monkeypatch.setattr(autocast, "has_bfloat16_units", lambda device: True)
     exact, mixed = seen(False), seen(True)
     assert len(exact) == 4
     for one, other in zip(exact, mixed, strict=True):
@@ -39,6 +39,6 @@ def test_everything_is_computed_a_little_less_exactly(monkeypatch: pytest.Monkey
 
 
 def test_nothing_changes_where_bfloat16_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arithmetic, "has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr(autocast, "has_bfloat16_units", lambda device: False)
     pairs: Any = zip(seen(False), seen(True), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)

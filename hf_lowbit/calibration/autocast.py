@@ -1,4 +1,4 @@
-"""In which precision a block's products are computed while it is calibrated."""
+"""Mixed precision of blocks while they are calibrated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hf_lowbit.kernels.routes import has_bfloat16_units
 
 
-def products(device: torch.device, mixed_precision: bool) -> torch.autocast:
+def autocast(device: torch.device, mixed_precision: bool) -> torch.autocast:
     """Within it matrix products are bfloat16 where that was asked for and is faster than float32.
 
     Parameters, norms, losses and sums with a float32 residual stay float32.
