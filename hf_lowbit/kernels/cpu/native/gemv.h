@@ -17,19 +17,17 @@ inline bool is_finite(const hfl_matrix& w) {
     return std::all_of(w.table, w.table + (1 << w.bits), [](float value) { return std::isfinite(value); });
 }
 
-// Rows of y = x w^T for the inputs m0..m0+M. A few rows go together: they share inputs in registers, and what a row costs
-// beside its codes. Where the inputs do not fit into the first-level cache, a tile of rows shares a stretch of them while
-// it is there.
+// Rows of y = x w^T for the inputs m0..m0+M, in tiles of sixteen. A few rows go together: they share inputs in registers,
+// and memory is read in several places at once. Where the inputs do not fit into the first-level cache, a tile shares a
+// stretch of them while it is there.
 template <class Way, int M> class TileProduct {
   public:
     TileProduct(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0)
         : w_(w), geometry_(geometry), x_(x), m0_(m0), way_(w), value_shift_(Way::shift(w)),
-          side_by_side_(w.words <= most_words || geometry.blocks > stretch),
-          tile_rows_(geometry.blocks > stretch ? rows : side_by_side_ ? rows_together : 1), scales_(w, Simd::lanes, tile_rows_),
-          reads_on_(w.words % Way::block_words && is_finite(w)) {}
+          scales_(w, Simd::lanes, rows), reads_on_(w.words % Way::block_words && is_finite(w)) {}
 
     void operator()(int64_t first, int64_t last, void* y, int type) {
-        for (; first < last; first += tile_rows_) multiply_tile(first, std::min(last, first + tile_rows_), y, type);
+        for (; first < last; first += rows) multiply_tile(first, std::min(last, first + rows), y, type);
     }
 
   private:
@@ -39,24 +37,25 @@ template <class Way, int M> class TileProduct {
     static constexpr bool is_small = sizeof(Loaded) <= 3 * sizeof(Float);  // else they do not fit into registers
     static constexpr int rows_together = M == 1 && is_small ? Simd::rows_together : 1;
     static constexpr int block = Way::steps * Simd::lanes;  // of inputs, or pairs of them
-    static constexpr int64_t most_words = 128;  // of a row: longer ones are read faster one after the other
     static constexpr int64_t first_level_bytes = 16384;  // half of the smallest first-level cache
     static constexpr int64_t stretch = std::max<int64_t>(1, first_level_bytes / (block * M * 4));  // of blocks
 
     void multiply_tile(int64_t first, int64_t last, void* y, int type) {
         scales_.select(first, last - first);
-        for (int64_t row = first; row < last; row++)
-            for (Float& total : total_[row - first]) total = Simd::zero();
+        for (auto& totals : total_)
+            for (Float& total : totals) total = Simd::zero();
         for (int64_t b = 0; b < geometry_.blocks; b += stretch) {
             const int64_t end = std::min(b + stretch, geometry_.blocks);
             int64_t row = first;
-            for (; side_by_side_ && row + rows_together <= last; row += rows_together)
+            for (; row + rows_together <= last; row += rows_together)
                 add_blocks<rows_together>(row, row - first, b, end);
             for (; row < last; row++) add_blocks<1>(row, row - first, b, end);
         }
-        for (int64_t row = first; row < last; row++)
-            for (int m = 0; m < M; m++)
-                store_float(y, (m0_ + m) * w_.rows + row, finish(total_[row - first][m], row - first, m0_ + m), type);
+        for (int m = 0; m < M; m++) {
+            float results[rows];
+            finish(m, static_cast<int>(last - first), results);
+            store_floats(y, (m0_ + m) * w_.rows + first, results, last - first, type);
+        }
     }
 
     // Adds blocks first..last of R rows, which are those of the tile from `at` on.
@@ -132,18 +131,25 @@ template <class Way, int M> class TileProduct {
             std::make_integer_sequence<int, Way::steps>());
     }
 
-    float finish(Float total, int64_t at, int64_t m) const {
+    // The results of the tile's first `count` rows for its m-th input.
+    void finish(int m, int count, float* results) const {
+        Float total[rows];
+        for (int r = 0; r < rows; r++) total[r] = r < count ? finish(total_[r][m], r, m0_ + m) : Simd::zero();
+        for (int r = 0; r < rows; r += Simd::lanes) Simd::store(results + r, Simd::sums(total + r));
+    }
+
+    Float finish(Float total, int64_t at, int64_t m) const {
         const int64_t begin = scales_.begin(at);
         const float *scale = scales_.scale.data() + begin, *sums = x_.sums.data() + m * x_.groups;
         if (w_.groups == 1) total = Simd::multiply(total, Simd::set(scale[0]));
-        if (w_.zero_kind == HFL_NO_ZERO && value_shift_ == 0) return Simd::sum(total);
+        if (w_.zero_kind == HFL_NO_ZERO && value_shift_ == 0) return total;
         for (int64_t g = 0; g < w_.groups; g += Simd::lanes) {
             Float shift = Simd::set(value_shift_);
             if (w_.zero_kind != HFL_NO_ZERO) shift = Simd::add(shift, Simd::load(scales_.zero.data() + begin + g));
             shift = Simd::multiply(shift, Simd::load(scale + g));
             total = Simd::subtract(total, Simd::multiply(shift, Simd::load(sums + g)));
         }
-        return Simd::sum(total);
+        return total;
     }
 
     const hfl_matrix& w_;
@@ -152,8 +158,6 @@ template <class Way, int M> class TileProduct {
     int64_t m0_;
     const Way way_;
     float value_shift_;
-    const bool side_by_side_;
-    const int64_t tile_rows_;
     RowScales scales_;
     const bool reads_on_;  // beyond the end of a row
     Float total_[rows][M];

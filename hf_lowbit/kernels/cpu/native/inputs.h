@@ -12,6 +12,15 @@ inline int64_t together(int64_t remaining) {
     return Simd::max_batch >= 8 && remaining >= 8 ? 8 : remaining >= 4 ? 4 : 1;
 }
 
+inline void load_inputs(float* out, const void* x, int64_t first, int64_t n, int type) {
+    load_floats(out, x, first, n, type);
+}
+inline void load_inputs(uint16_t* out, const void* x, int64_t first, int64_t n, int) {
+    std::memcpy(out, static_cast<const uint16_t*>(x) + first, static_cast<size_t>(n) * 2);
+}
+inline float as_float(float value) { return value; }
+inline float as_float(uint16_t bfloat16) { return from_bfloat16(bfloat16); }
+
 // For each pass [block][j][input][lane]: read from front to back. A lane is a float, or a pair of bfloat16 numbers.
 struct Inputs {
     int64_t stride, batch, groups;
@@ -23,11 +32,12 @@ struct Inputs {
            int64_t row_stride)
         : stride(geometry.blocks * Way::steps * Simd::lanes), batch(m), groups(w.groups + Simd::lanes),
           values(m * stride) {
-        std::vector<float> row(static_cast<size_t>(geometry.blocks * geometry.block), 0.0f);
+        using Input = typename Way::Input;
+        std::vector<Input> row(static_cast<size_t>(geometry.blocks * geometry.block));
         if (w.zero_kind != HFL_NO_ZERO || Way::shift(w) != 0) sums.resize(static_cast<size_t>(m * groups), 0.0f);
         for (int64_t i = 0, pass = 0, M = together(m); i < m; i++) {
             if (i == pass + M) pass = i, M = together(m - i);
-            load_floats(row.data(), x, i * row_stride, w.columns, type);
+            load_inputs(row.data(), x, i * row_stride, w.columns, type);
             float* out = values.data() + pass * stride + (i - pass) * Simd::lanes;
             for (int64_t b = 0; b < geometry.blocks; b++)
                 for (int j = 0; j < Way::steps; j++, out += M * Simd::lanes)
@@ -35,7 +45,7 @@ struct Inputs {
             const int64_t group = w.columns / w.groups;
             for (int64_t g = 0; !sums.empty() && g < w.groups; g++) {
                 double total = 0;  // a shift of 128 multiplies its rounding error
-                for (int64_t k = 0; k < group; k++) total += row[g * group + k];
+                for (int64_t k = 0; k < group; k++) total += as_float(row[g * group + k]);
                 sums[static_cast<size_t>(i * groups + g)] = static_cast<float>(total);
             }
         }

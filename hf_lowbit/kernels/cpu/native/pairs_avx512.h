@@ -3,6 +3,8 @@
 #define HFL_PAIRS
 #include <immintrin.h>
 
+#include <array>
+
 #include "floats.h"
 #include "geometry.h"
 #include "unroll.h"
@@ -14,6 +16,7 @@ namespace {
 template <int bits> struct InPairs {
     static constexpr int words = Lane<bits>::words, codes = Lane<bits>::codes, steps = codes / 2;
     static constexpr int block_words = words * Simd::lanes;
+    using Input = uint16_t;
     template <int M> static constexpr int chains = 1;  // processors that have these look far enough ahead
     struct Loaded { __m512i half[words]; };  // the h-th 16 bits of the first half, and those of the second half above
 
@@ -34,11 +37,20 @@ template <int bits> struct InPairs {
         for (int i = 0; i < 1 << bits; i++) exact = exact && from_bfloat16(to_bfloat16(w.table[i])) == w.table[i];
         return exact;
     }
-    static void arrange(const float* in, int j, float* out) {
-        for (int i = 0; i < Simd::lanes; i++, in += codes) {
-            const uint16_t pair[] = {to_bfloat16(in[j]), to_bfloat16(in[j + steps])};  // exact: they were bfloat16
-            std::memcpy(out + i, pair, sizeof pair);
+    static void arrange(const uint16_t* in, int j, float* out) {
+        alignas(64) static constexpr auto first = [] {
+            std::array<uint16_t, 32> at{};  // of each lane's inputs, in the 32 of the vector that holds them
+            for (int e = 0; e < 32; e++) at[e] = static_cast<uint16_t>(e / 2 * codes % 32 + e % 2 * steps);
+            return at;
+        }();
+        const __m512i at = _mm512_add_epi16(_mm512_load_si512(first.data()), _mm512_set1_epi16(static_cast<short>(j)));
+        constexpr int lanes = 32 / codes;  // whose inputs fill a vector
+        __m512i pairs = _mm512_setzero_si512();
+        for (int v = 0; v < Simd::lanes / lanes; v++) {
+            const __mmask32 here = ((1u << 2 * lanes) - 1) << 2 * lanes * v;
+            pairs = _mm512_mask_permutexvar_epi16(pairs, here, at, _mm512_loadu_si512(in + 32 * v));
         }
+        _mm512_storeu_si512(out, pairs);
     }
     HFL_INLINE static Loaded load(const uint32_t* p) {
         Simd::Int lane[words];

@@ -7,8 +7,8 @@
 
 namespace {
 
-// Calls work(matrix index, first row, last row) for pieces of all matrices on all threads: about 32 kB of codes, and
-// a multiple of `step` rows.
+// Calls work(matrix index, first row, last row) for all matrices on all threads: runs of at most eight pieces, each of
+// about 32 kB of codes and a multiple of `step` rows.
 template <class Work>
 void share_rows(const hfl_matrix* const* matrices, int count, int threads, int64_t step, Work work) {
     auto piece_rows = [&](const hfl_matrix& w) { return (8191 / w.words / step + 1) * step; };
@@ -20,12 +20,15 @@ void share_rows(const hfl_matrix* const* matrices, int count, int threads, int64
         ends[i] = pieces;
     }
     if (words < 16384) threads = 1;  // waking a thread takes longer
-    auto run = [&](int64_t piece) {
-        const int i = static_cast<int>(std::upper_bound(ends.begin(), ends.end(), piece) - ends.begin());
-        const int64_t rows = piece_rows(*matrices[i]), first = (piece - (i ? ends[i - 1] : 0)) * rows;
-        work(i, first, std::min(matrices[i]->rows, first + rows));
+    auto run = [&](int64_t first, int64_t last) {
+        int i = static_cast<int>(std::upper_bound(ends.begin(), ends.end(), first) - ends.begin());
+        for (int64_t end; first < last; first = end, i++) {
+            const int64_t rows = piece_rows(*matrices[i]), begin = i ? ends[i - 1] : 0;
+            end = std::min(last, ends[i]);
+            work(i, (first - begin) * rows, std::min(matrices[i]->rows, (end - begin) * rows));
+        }
     };
-    share(pieces, threads, run);
+    share_runs(pieces, 8, threads, run);
 }
 
 }  // namespace

@@ -28,6 +28,12 @@ struct Simd {
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
         return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
     }
+    // The sum of each of eight vectors.
+    static Float sums(const Float* a) {
+        const Float low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+        const Float high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+        return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+    }
     static Float permute(Float a, Int index) { return _mm256_permutevar8x32_ps(a, index); }
 
     static Int load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

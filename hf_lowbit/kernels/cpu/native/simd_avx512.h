@@ -26,6 +26,20 @@ struct Simd {
     static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
     static Float multiply_add(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
     static float sum(Float a) { return _mm512_reduce_add_ps(a); }
+    // The sum of each of sixteen vectors.
+    static Float sums(const Float* a) {
+        Float pair[8], four[4];
+        for (int i = 0; i < 8; i++)
+            pair[i] = add(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+        for (int i = 0; i < 4; i++) {
+            const __m512d low = _mm512_castps_pd(pair[2 * i]), high = _mm512_castps_pd(pair[2 * i + 1]);
+            four[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+        }
+        auto add_lanes = [](Float x, Float y) {
+            return add(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+        };
+        return add_lanes(add_lanes(four[0], four[1]), add_lanes(four[2], four[3]));
+    }
     static Float permute(Float a, Int index) { return _mm512_permutexvar_ps(index, a); }
 
     static Int load_int(const void* p) { return _mm512_loadu_si512(p); }

@@ -38,6 +38,7 @@ struct Simd {
         for (float v : a.lane) total += v;
         return total;
     }
+    static Float sums(const Float* a) { return make([&](int i) { return sum(a[i]); }); }
     static Float permute(Float a, Int index) { return make([&](int i) { return a.lane[index.lane[i] & 7]; }); }
 
     static Int load_int(const void* p) { Int r; std::memcpy(&r, p, sizeof r); return r; }

@@ -3,6 +3,7 @@
 //
 // A way offers
 //   block_words, steps: words of a block, and codes of each of its lanes (which share a scale);
+//   Input: float, or uint16_t for bfloat16 numbers as they are;
 //   arrange(in, j, out): the inputs of the j-th codes of all lanes, from a block's inputs in their own order;
 //   load(words), at<j>(loaded): the j-th values of all lanes;
 //   multiply_add(values, in, sum): values times such inputs, added to a sum of 16 or 8 floats;
@@ -15,6 +16,7 @@
 namespace {
 
 struct OneFloat {
+    using Input = float;
     // Additions to one sum wait for each other: a few sums side by side keep the multipliers busy.
     template <int M> static constexpr int chains = M == 1 ? 4 : M <= 4 ? 2 : 1;
     HFL_INLINE static Simd::Float multiply_add(Simd::Float value, const float* in, Simd::Float sum) {
