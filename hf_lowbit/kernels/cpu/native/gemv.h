@@ -95,7 +95,8 @@ template <class Way, int M> class TileProduct {
             for (int m = 0; m < M; m++) total[r * M + m] = total_[at + r][m];
         }
         for (int64_t b = first; b < last; b++, words += Way::block_words, inputs += block * M) {
-            for (int r = 0; r < R; r++) __builtin_prefetch(words + r * row_words + ahead);
+            for (int r = 0; r < R; r++)
+                for (int k = 0; k < Way::block_words; k += 16) __builtin_prefetch(words + r * row_words + ahead + k);
             Float sum[sums * chains];
             for (Float& chain : sum) chain = Simd::zero();
             add_block<R, chains>(way, words, row_words, inputs, sum);
