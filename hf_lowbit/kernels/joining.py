@@ -5,11 +5,11 @@ Eager layers do so by :mod:`hf_lowbit.nn.siblings`, at run time; in a graph it i
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
@@ -28,7 +28,7 @@ class JoinProducts(CustomGraphPass):
                 readers.setdefault(node.args[0], []).append(node)
         place = {node: index for index, node in enumerate(graph.nodes)}
         for calls in readers.values():
-            together = [call for call in calls if _can_be_at(call, calls[0], place)]
+            together = [call for call in calls if _has_known_size(call) and _can_be_at(call, calls[0], place)]
             if len(together) > 1:
                 _join(graph, together)
 
@@ -37,17 +37,20 @@ class JoinProducts(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
+def _has_known_size(call: Node) -> bool:
+    """Not of a number of tokens that differs from call to call."""
+    return isinstance(call.meta["val"].numel(), int)
+
+
 def _can_be_at(call: Node, first: Node, place: Mapping[Node, int]) -> bool:
-    """Whether what the call reads is there at the first one, or can be put there: a constant; and its results are
-    chosen one by one."""
+    """Whether what the call reads is there at the first one, or can be put there: a constant."""
     stored: Any = call.args[1]
-    is_there = all(tensor.op == "get_attr" or place[tensor] < place[first] for tensor in stored)
-    return is_there and all(user.target is operator.getitem for user in call.users)
+    return all(tensor.op == "get_attr" or place[tensor] < place[first] for tensor in stored)
 
 
 def _join(graph: Graph, calls: list[Node]) -> None:
     """The calls have the same input, whose columns they all state."""
-    first, values = calls[0], [value for call in calls for value in call.meta["val"]]
+    first, sizes = calls[0], [call.meta["val"].numel() for call in calls]
     x, stored = _tensors(call.args for call in calls)
     for tensor in stored:
         if tensor.op == "get_attr":
@@ -55,15 +58,18 @@ def _join(graph: Graph, calls: list[Node]) -> None:
     with graph.inserting_before(first):
         specs = f"[{', '.join(str(call.args[2])[1:-1] for call in calls)}]"
         joined = graph.call_function(PRODUCTS, (x, stored, specs, first.args[3]))
-    joined.meta = {**first.meta, "val": values}
+    joined.meta = {**first.meta, "val": first.meta["val"].new_empty(sum(sizes))}
     inputs = [call.meta["eager_input_vals"] for call in calls if "eager_input_vals" in call.meta]
     if len(inputs) == len(calls):  # inductor keeps their strides
         joined.meta["eager_input_vals"] = (*_tensors(arguments for arguments, _ in inputs), None, None), {}
     offset = 0
+    for call, size in zip(calls, sizes, strict=True):
+        with graph.inserting_before(first):
+            part = graph.call_function(torch.ops.aten.slice.Tensor, (joined, 0, offset, offset + size))
+        part.meta = {key: value for key, value in call.meta.items() if key != "eager_input_vals"}
+        offset += size
+        call.replace_all_uses_with(part)
     for call in calls:
-        for choice in list(call.users):
-            choice.args = (joined, offset + choice.args[1])  # type: ignore[operator]
-        offset += len(call.meta["val"])
         graph.erase_node(call)
 
 

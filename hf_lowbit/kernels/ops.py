@@ -1,11 +1,13 @@
 """The products as torch custom operators: what torch.compile and torch.export see instead of their insides.
 
-A specification travels as JSON, because operators take plain arguments only.
+A specification travels as JSON, because operators take plain arguments only; with single quotes, because inductor writes
+texts into C++ without escaping double ones.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -22,7 +24,7 @@ _PACKED = "Tensor weight, Tensor scale, Tensor? zero_point, Tensor? table, str s
 _library = torch.library.Library("hf_lowbit", "DEF")
 _INPUTS = "str? activation, Tensor? input_scale, Tensor? input_shift, Tensor? sums"
 _library.define(f"linear(Tensor x, {_PACKED}, {_INPUTS}, str? backend) -> Tensor")
-_OF_SEVERAL = "(Tensor x, Tensor[] stored, str specs, int columns) -> Tensor[]"
+_OF_SEVERAL = "(Tensor x, Tensor[] stored, str specs, int columns) -> Tensor"  # one product after the other, flat
 _library.define(f"products{_OF_SEVERAL}")  # without gradients, inputs as they are; on a CPU native
 _library.define(f"products_of_python{_OF_SEVERAL}")  # what the native one leaves
 _library.define(f"linear_backward(Tensor gradient, {_PACKED}, str? backend) -> Tensor")
@@ -44,7 +46,7 @@ def packed_linear(
     """:func:`hf_lowbit.kernels.packed_linear` as an operator."""
     if activation is None and backend is None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return inference_product(x, packed)
-    told = None if activation is None else activation.json
+    told = None if activation is None else _told(activation)
     inputs = told, input_scale, input_shift, sums
     result: Tensor = torch.ops.hf_lowbit.linear(x, *_arguments(packed), *inputs, backend)
     return result
@@ -53,8 +55,8 @@ def packed_linear(
 def inference_product(x: Tensor, packed: PackedTensor) -> Tensor:
     """The same where no gradient is needed and inputs are not quantized: graphs can join such products."""
     packed = with_plain_scales(packed)
-    result: Tensor = torch.ops.hf_lowbit.products(x, _stored(packed), f"[{packed.spec.json}]", packed.columns)[0]
-    return result
+    result: Tensor = torch.ops.hf_lowbit.products(x, _stored(packed), f"[{_told(packed.spec)}]", packed.columns)
+    return result.view(*x.shape[:-1], packed.weight.shape[0])
 
 
 def decode_matrix(packed: PackedTensor, dtype: torch.dtype, backend: str | None) -> Tensor:
@@ -88,22 +90,30 @@ def _matrices(stored: Sequence[Tensor], specs: str, columns: int) -> list[Packed
 
 def _arguments(packed: PackedTensor) -> tuple[Any, ...]:
     packed = with_plain_scales(packed)  # traced code: operators see plain scales only
-    return packed.weight, packed.scale, packed.zero_point, packed.table, packed.spec.json, packed.columns
+    return packed.weight, packed.scale, packed.zero_point, packed.table, _told(packed.spec), packed.columns
+
+
+def _told(spec: WeightSpec | ActivationSpec) -> str:
+    return spec.json.replace('"', "'")
+
+
+def _read(text: str) -> Any:
+    return json.loads(text.replace("'", '"'))
 
 
 @lru_cache(maxsize=1024)
 def _weight_spec(text: str) -> WeightSpec:
-    return WeightSpec.from_dict(json.loads(text))
+    return WeightSpec.from_dict(_read(text))
 
 
 @lru_cache(maxsize=1024)
 def _weight_specs(text: str) -> list[WeightSpec]:
-    return [WeightSpec.from_dict(values) for values in json.loads(text)]
+    return [WeightSpec.from_dict(values) for values in _read(text)]
 
 
 @lru_cache(maxsize=1024)
 def _activation_spec(text: str) -> ActivationSpec:
-    return ActivationSpec.from_dict(json.loads(text))
+    return ActivationSpec.from_dict(_read(text))
 
 
 def _packed(
@@ -121,11 +131,12 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
 
 @torch.library.impl(_library, "products", "CompositeExplicitAutograd")
 @torch.library.impl(_library, "products_of_python", "CompositeExplicitAutograd")
-def _products(x: Tensor, stored: list[Tensor], specs: str, columns: int) -> list[Tensor]:
+def _products(x: Tensor, stored: list[Tensor], specs: str, columns: int) -> Tensor:
     matrices = _matrices(stored, specs, columns)
     if x.device.type == "cpu":
         cpu.serve("products", "hf_lowbit::products_of_python", matrices, specs, NATIVE_TOKENS_FAST_TYPE)
-    return products.products(x, matrices, None, None)
+    results = [result.reshape(-1) for result in products.products(x, matrices, None, None)]
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
@@ -153,8 +164,9 @@ def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 @torch.library.register_fake("hf_lowbit::products", lib=_library)
 @torch.library.register_fake("hf_lowbit::products_of_python", lib=_library)
-def _products_fake(x: Tensor, stored: list[Tensor], specs: str, columns: int) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], packed.weight.shape[0]) for packed in _matrices(stored, specs, columns)]
+def _products_fake(x: Tensor, stored: list[Tensor], specs: str, columns: int) -> Tensor:
+    rows = sum(packed.weight.shape[0] for packed in _matrices(stored, specs, columns))
+    return x.new_empty(math.prod(x.shape[:-1]) * rows)
 
 
 @torch.library.register_fake("hf_lowbit::linear_backward", lib=_library)

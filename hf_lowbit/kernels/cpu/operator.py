@@ -24,8 +24,7 @@ _FUNCTIONS = (
     *("aoti_torch_library_init_impl", "torch_library_impl", "torch_call_dispatcher", "torch_get_num_threads"),
     *(f"aoti_torch_get_{what}" for what in ("data_ptr", "sizes", "dim", "numel", "dtype", "device_type")),
     *("aoti_torch_is_contiguous", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object"),
-    *("torch_new_list_reserve_size", "torch_list_size", "torch_list_get_item", "torch_list_push_back"),
-    "torch_delete_list",
+    *("torch_list_size", "torch_list_get_item", "torch_delete_list"),
     *("torch_string_length", "torch_string_c_str", "torch_delete_string"),
     *(f"aoti_torch_dtype_{name}" for name in ("float32", "bfloat16", "float16")),
 )
@@ -41,7 +40,8 @@ def serve(name: str, python_operator: str, matrices: Sequence[PackedTensor], spe
     """Have ``hf_lowbit::<name>`` computed natively for CPU inputs and these matrices together from now on.
 
     Args:
-        name: an operator (x, stored tensors of the matrices, specs, columns) that gives their products with x.
+        name: an operator (x, stored tensors of the matrices, specs, columns) that gives their products with x, flat, one
+            after the other.
         python_operator: full name of the operator with the same arguments that takes everything else.
         specs: the text that describes the matrices among the arguments.
         most_tokens: for more, native products are those that decode once for many.

@@ -22,9 +22,11 @@ def native() -> None:
 
 def operator(x: Tensor, matrices: Sequence[PackedTensor]) -> list[Tensor]:
     stored = [tensor for packed in matrices for tensor in ops._stored(packed)]
-    specs = f"[{', '.join(packed.spec.json for packed in matrices)}]"
-    results: list[Tensor] = torch.ops.hf_lowbit.products(x, stored, specs, matrices[0].columns)
-    return results
+    specs = f"[{', '.join(ops._told(packed.spec) for packed in matrices)}]"
+    flat = torch.ops.hf_lowbit.products(x, stored, specs, matrices[0].columns)
+    sizes = [x[..., 0].numel() * packed.weight.shape[0] for packed in matrices]
+    shapes = [(*x.shape[:-1], packed.weight.shape[0]) for packed in matrices]
+    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 
 def of_python(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -100,6 +102,6 @@ def test_errors_name_the_reason() -> None:
 
 def test_keeps_torchs_contract() -> None:
     packed = round_to_nearest(torch.randn(16, 64), WeightSpec(bits=4, group_size=32))
-    arguments = (torch.randn(3, 64), ops._stored(packed), f"[{packed.spec.json}]", packed.columns)
+    arguments = (torch.randn(3, 64), ops._stored(packed), f"[{ops._told(packed.spec)}]", packed.columns)
     with torch.no_grad():
         torch.library.opcheck(ops.PRODUCTS, arguments)

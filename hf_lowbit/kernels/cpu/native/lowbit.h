@@ -129,10 +129,8 @@ typedef struct {
     int32_t (*empty_strided)(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                              int32_t device_type, int32_t device_index, void** tensor);
     int32_t (*delete_tensor)(void* tensor);
-    int32_t (*new_list)(size_t size, void** list);
     int32_t (*list_size)(void* list, size_t*);
     int32_t (*list_get_item)(void* list, size_t index, uint64_t*);
-    int32_t (*list_push_back)(void* list, uint64_t);
     int32_t (*delete_list)(void* list);
     int32_t (*string_length)(void* string, size_t*);
     int32_t (*string_c_str)(void* string, const char**);

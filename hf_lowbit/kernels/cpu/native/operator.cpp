@@ -14,7 +14,7 @@
 namespace {
 
 constexpr uint64_t interface_version = (uint64_t{2} << 56) | (uint64_t{10} << 48);  // as torch 2.10 has it
-constexpr size_t most_dimensions = 8, most_known = 1 << 16;
+constexpr size_t most_known = 1 << 16;
 enum { X, STORED, SPECS, COLUMNS };  // places of the arguments
 
 hfl_torch torch;
@@ -97,48 +97,41 @@ std::vector<hfl_matrix> find(const uint64_t* stack) {
     return tensors.are_all_read() ? found.matrices : std::vector<hfl_matrix>{};
 }
 
-// A new tensor of x's type and leading dimensions.
-void* empty_like(void* x, int64_t columns) {
-    int64_t sizes[most_dimensions], strides[most_dimensions], elements = 1;
-    const int64_t last = get(torch.get_dim, x) - 1;
-    std::memcpy(sizes, get(torch.get_sizes, x), sizeof(int64_t) * static_cast<size_t>(last));
-    sizes[last] = columns;
-    for (int64_t i = last; i >= 0; elements *= sizes[i--]) strides[i] = elements;
-    void* result = nullptr;
-    torch.empty_strided(last + 1, sizes, strides, get(torch.get_dtype, x), 0, -1, &result);
-    return result;
-}
-
-// The products as new tensors; none where Python has to make them.
-std::vector<void*> products(const uint64_t* stack) {
+// The products, one after the other in a new tensor; null where Python has to make them.
+void* products(const uint64_t* stack) {
     void* x = handle<void*>(stack[X]);
     const int32_t code = get(torch.get_dtype, x);
     int type = 0;
     while (type < 3 && type_codes[type] != code) type++;
     const auto dimensions = static_cast<size_t>(get(torch.get_dim, x));
-    if (type == 3 || dimensions < 1 || dimensions > most_dimensions || !is_plain(x)) return {};
+    if (type == 3 || dimensions < 1 || !is_plain(x)) return nullptr;
     const std::vector<hfl_matrix> matrices = find(stack);
     const int64_t columns = get(torch.get_sizes, x)[dimensions - 1], elements = get(torch.get_numel, x);
-    if (matrices.empty() || columns != matrices[0].columns || !elements) return {};
-    const int64_t tokens = elements / columns;
+    if (matrices.empty() || columns != matrices[0].columns || !elements) return nullptr;
+    const int64_t tokens = elements / columns, one = 1;
+    int64_t size = 0;
     std::vector<const hfl_matrix*> pointers;
     for (const hfl_matrix& matrix : matrices) {
-        if (tokens > torch.most_tokens && !hfl_multiplies_many(&matrix, type)) return {};
+        if (tokens > torch.most_tokens && !hfl_multiplies_many(&matrix, type)) return nullptr;
         pointers.push_back(&matrix);
+        size += tokens * matrix.rows;
     }
-    std::vector<void*> results, places;
+    void* result = nullptr;
+    torch.empty_strided(1, &size, &one, code, 0, -1, &result);
+    std::vector<void*> places;
+    char* next = static_cast<char*>(place(result));
     for (const hfl_matrix& matrix : matrices) {
-        results.push_back(empty_like(x, matrix.rows));
-        places.push_back(place(results.back()));
+        places.push_back(next);
+        next += tokens * matrix.rows * (type == HFL_FLOAT32 ? 4 : 2);
     }
     uint32_t threads = 1;
     torch.get_num_threads(&threads);
     if (hfl_linear(pointers.data(), static_cast<int>(pointers.size()), place(x), type, tokens, columns, places.data(),
                    static_cast<int>(threads))) {
-        for (void* result : results) torch.delete_tensor(result);
-        return {};
+        torch.delete_tensor(result);
+        return nullptr;
     }
-    return results;
+    return result;
 }
 
 void release(const uint64_t* stack) {
@@ -151,17 +144,14 @@ void release(const uint64_t* stack) {
 
 // Called by torch's dispatcher: takes the arguments from the stack and puts the result there.
 void linear_inference(uint64_t* stack, uint64_t, uint64_t) {
-    const std::vector<void*> results = products(stack);
-    if (results.empty()) {
+    void* result = products(stack);
+    if (!result) {
         if (torch.call_dispatcher(elsewhere.c_str(), "", stack, interface_version))
             throw std::runtime_error(torch.exception_what ? torch.exception_what() : elsewhere + " failed");
         return;
     }
     release(stack);
-    void* list = nullptr;
-    torch.new_list(results.size(), &list);
-    for (void* result : results) torch.list_push_back(list, reinterpret_cast<uint64_t>(result));
-    stack[0] = reinterpret_cast<uint64_t>(list);
+    stack[0] = reinterpret_cast<uint64_t>(result);
 }
 
 }  // namespace

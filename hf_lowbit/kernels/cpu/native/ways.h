@@ -10,6 +10,8 @@
 //   chains<M>: how many sums for each of M inputs, side by side;
 //   shift(w): what is left to subtract from every value, which products take from the inputs' sums.
 #pragma once
+#include <algorithm>
+
 #include "geometry.h"
 #include "values.h"
 
@@ -18,7 +20,7 @@ namespace {
 struct OneFloat {
     using Input = float;
     // Additions to one sum wait for each other: a few sums side by side keep the multipliers busy.
-    template <int M> static constexpr int chains = M == 1 ? 4 : M <= 4 ? 2 : 1;
+    template <int M> static constexpr int chains = M == 1 ? std::max(4, 2 * Simd::rows_together) : M <= 4 ? 2 : 1;
     HFL_INLINE static Simd::Float multiply_add(Simd::Float value, const float* in, Simd::Float sum) {
         return Simd::multiply_add(value, Simd::load(in), sum);
     }
