@@ -1,7 +1,7 @@
 """The products as torch custom operators: what torch.compile and torch.export see instead of their insides.
 
-A specification travels as JSON, because operators take plain arguments only; with single quotes, because inductor writes
-texts into C++ without escaping double ones.
+A specification travels as JSON, because operators take plain arguments only; with single quotes, because inductor
+writes texts into C++ without escaping double ones.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def serve(name: str, python_operator: str, matrices: Sequence[PackedTensor], spe
     """Have ``hf_lowbit::<name>`` computed natively for CPU inputs and these matrices together from now on.
 
     Args:
-        name: an operator (x, stored tensors of the matrices, specs, columns) that gives their products with x, flat, one
-            after the other.
+        name: an operator (x, stored tensors of the matrices, specs, columns) that gives their products with x, flat,
+            one after the other.
         python_operator: full name of the operator with the same arguments that takes everything else.
         specs: the text that describes the matrices among the arguments.
         most_tokens: for more, native products are those that decode once for many.
