@@ -18,8 +18,8 @@ _CPP_SINCE = (2, 13)  # the first torch that was tried: its C++ calls our operat
 def compile_config(modules_stay: bool = False) -> CompileConfig:
     """For ``model.generate(..., cache_implementation="static", compile_config=compile_config())``, on every device.
 
-    The step is one graph, in which packed layers that read the same input compute together, as they do in eager mode. On a
-    machine without a GPU the code around its kernels is C++, too.
+    The step is one graph, in which packed layers that read the same input compute together, as they do in eager mode. On
+    machines without a GPU the code around its kernels is C++, too.
 
     Args:
         modules_stay: the model's modules stay as they are from the first step on: no adapter is added, switched or
