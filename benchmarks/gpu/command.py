@@ -26,6 +26,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, of {','.join(PARTS)}")
     parser.add_argument("--weights", default="*", help="of our kernels: names or patterns with *, with semicolons")
     parser.add_argument("--shapes", type=int, default=len(kernels.SHAPES), help="how many matrix shapes")
+    parser.add_argument("--tokens", default=",".join(map(str, kernels.TOKENS)), help="at once, separated by commas")
     parser.add_argument("--peers", default=",".join(peers.PEERS), help="names, separated by commas")
     parser.add_argument("--models", default=",".join(models.SHAPES), help=f"of {','.join(models.SHAPES)}")
     parser.add_argument("--variants", help="of the models: the beginnings of their names, separated by commas")
@@ -42,6 +43,7 @@ def arguments(description: str | None) -> argparse.Namespace:
             parser.error(f"--{name}: nothing is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         setattr(options, name, chosen)
     options.weights = options.weights.split(";")
+    options.tokens = [int(count) for count in options.tokens.split(",")]
     options.variants = None if options.variants is None else tuple(options.variants.split(","))
     return options
 
@@ -57,7 +59,7 @@ def conditions() -> dict[str, Any]:
 def product_rows(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
     """Ours and the peers', a shape after the other."""
     for place, (rows, columns) in enumerate(kernels.SHAPES[: options.shapes]):
-        floats = kernels.time_floats(rows, columns)
+        floats = kernels.time_floats(rows, columns, options.tokens)
         if "peers" in options.only:
             for name in options.peers:
                 if place < peers.PEERS[name].shapes:

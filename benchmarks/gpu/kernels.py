@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,11 +52,11 @@ def bytes_of(packed: PackedTensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in packed.tensors().values())
 
 
-def time_floats(rows: int, columns: int) -> dict[int, float]:
+def time_floats(rows: int, columns: int, counts: Sequence[int] = TOKENS) -> dict[int, float]:
     """Tokens -> microseconds of torch's bfloat16 product."""
     weights = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in range(_FLOAT_WEIGHTS)]
     times = {}
-    for tokens in TOKENS:
+    for tokens in counts:
         x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
         times[tokens] = microseconds(lambda i, x=x: x @ weights[i % len(weights)].t(), 2 * len(weights))
     return times

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from hf_lowbit.kernels.triton.matrix import Tiling
 from hf_lowbit.kernels.triton.unpack import words_of_unit
 
@@ -33,51 +31,6 @@ DECODED_ROWS, DECODED_CODES = 1, 4096
 # decoded meanwhile.
 TILE_ROWS, OVERLAPPED_TOKENS = 4096, 1024
 RESCALED = 2048
-
-
-
-
-class Division(NamedTuple):
-    """Of tiles among blocks: ``whole`` ones first, a multiple of the blocks; ``rest`` more in ``parts`` of columns."""
-
-    whole: int
-    rest: int
-    parts: int
-
-
-# The shapes of the kernel for many tokens, and the clocks that 64 columns of a tile take: the tensor cores' own where
-# there are 256 tokens, with fewer those of decoding.
-_LARGE, _MIDDLE, _SMALL = DENSE = (
-    {"ROWS": 128, "TOKENS": 256, "STAGES": 4, "AHEAD": 2, "PRODUCERS": 1, "CONSUMERS": 2, "FLIP": True, "MULTIPLYING": 192, "PRODUCING": 120},
-    {"ROWS": 128, "TOKENS": 128, "STAGES": 6, "AHEAD": 1, "PRODUCERS": 2, "CONSUMERS": 2, "FLIP": True, "MULTIPLYING": 136, "PRODUCING": 112},
-    {"ROWS": 128, "TOKENS": 64, "STAGES": 6, "AHEAD": 2, "PRODUCERS": 2, "CONSUMERS": 1, "FLIP": False, "MULTIPLYING": 168, "PRODUCING": 168},
-)
-DENSE_STEP = 64
-_CLOCKS = (1060, 780, 560)
-_TILE_CLOCKS, _SPLIT_CLOCKS, _CLOCK_BYTES = 3000, 6000, 1500  # around a tile; of a second launch; of sums, per clock
-_MOST_DENSE_PARTS = 8
-
-
-def dense_block(tokens: int, rows: int, columns: int, processors: int) -> tuple[dict[str, int], Division]:
-    """The shape and the division that are estimated to take the least time."""
-    return min(
-        ((clocks, shape, division) for shape, each in zip(DENSE, _CLOCKS, strict=True) for clocks, division in divisions(tokens, rows, columns, processors, shape, each)),
-        key=lambda found: found[0],
-    )[1:]
-
-
-def divisions(tokens, rows, columns, processors, shape, each):
-    """Estimated clocks of whole tiles alone, and of parts in the last round where there are processors for them."""
-    tiles = -(-tokens // shape["TOKENS"]) * -(-rows // shape["ROWS"])
-    pairs = columns // (2 * DENSE_STEP)
-    rounds, rest = divmod(tiles, processors)
-    tile = 2 * pairs * each + _TILE_CLOCKS
-    yield -(-tiles // processors) * tile, Division(tiles, 0, 1)
-    parts = min(processors // rest, _MOST_DENSE_PARTS, pairs // 2) if rest else 1
-    if parts > 1:
-        sums = 8 * parts * rest * shape["ROWS"] * shape["TOKENS"] / _CLOCK_BYTES
-        clocks = rounds * tile + 2 * -(-pairs // parts) * each + _TILE_CLOCKS + _SPLIT_CLOCKS + sums
-        yield clocks, Division(rounds * processors, rest, parts)
 
 
 def fused_block(tokens: int, rows: int, bits: int, tiling: Tiling, units: int, plain: bool) -> dict[str, int]:

@@ -70,7 +70,7 @@ def _launch_fused(
     layout = matrix.layout
     tiling = layout.tiling if x_scale is None else layout.exact_tiling
     assert tiling is not None
-    x = _aligned(x)
+    x = aligned(x)
     results = [torch.empty(x.shape[0], one.rows, dtype=dtype, device=x.device) for one in matrices]
     instructions = layout.scaled if tiling.scales_weights else layout.unpacking.instructions
     stored = [(one.packed.weight, one.packed.scale, one.packed.zero_point) for one in matrices]
@@ -144,7 +144,7 @@ def bind_digits(x: Tensor, matrices: Sequence[Matrix], recorded: bool) -> Bound 
 
 def _launch_digits(x: Tensor, matrix: Matrix, recorded: bool) -> tuple[Tensor, Found | None, Found | None, int]:
     layout, packed, bits = matrix.layout, matrix.packed, matrix.packed.spec.bits
-    x = _aligned(x)
+    x = aligned(x)
     (tokens, columns), rows, pieces = x.shape, matrix.rows, 8 // bits
     row, groups, slice = columns // pieces, packed.scale.shape[1], blocks.SLICE_BYTES
     between = tokens * (DIGITS.value * columns + torch.float32.itemsize)
@@ -179,7 +179,7 @@ def _launch_digits(x: Tensor, matrix: Matrix, recorded: bool) -> tuple[Tensor, F
 def launch_wide(x: Tensor, matrix: Matrix) -> Tensor:
     """x ``[tokens, columns]`` of the type of the matrix's scales to ``[tokens, rows]`` in it."""
     layout, packed, bits = matrix.layout, matrix.packed, matrix.packed.spec.bits
-    x = _aligned(x)
+    x = aligned(x)
     tokens, rows, count, tiling = x.shape[0], matrix.rows, codes_of_unit(bits), layout.tiling
     assert tiling is not None
     chunks, key = matrix.columns // count, (layout, tokens, rows)
@@ -269,7 +269,7 @@ def launch_rescale(sums: Tensor, token_scale: Tensor, row_scale: Tensor, dtype: 
     return out
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """Contiguous, and where vectors of it can be loaded."""
     return x.clone(memory_format=torch.contiguous_format) if not x.is_contiguous() or x.data_ptr() % ALIGNMENT else x
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.kernels.triton.matrix import Matrix
-from hf_lowbit.kernels.triton.products import suits_fused, suits_wide, takes_digits
+from hf_lowbit.kernels.triton.products import suits_dense, suits_fused, suits_wide, takes_digits
 
 Launch: TypeAlias = Callable[..., None]
 """f(x, *out): contiguous inputs ``[..., columns]``, aligned to 16 bytes, and one ``[..., rows]`` for each matrix."""
@@ -25,7 +25,10 @@ def prepare(x: Tensor, matrices: Sequence[Matrix]) -> Launch | None:
     Returns:
         None where rows are decoded first, for middling numbers of tokens, and in the interpreter.
     """
-    if not x.shape[0] or any(suits_wide(x, matrix) or not suits_fused(x, matrix) for matrix in matrices):
+    others = (suits_dense, suits_wide)
+    if not x.shape[0] or any(suits(x, matrix) for suits in others for matrix in matrices):
+        return None
+    if not all(suits_fused(x, matrix) for matrix in matrices):
         return None
     from hf_lowbit.kernels.triton.launch import alike
 

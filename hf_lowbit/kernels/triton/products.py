@@ -1,4 +1,4 @@
-"""The Triton products, on tensors: fused for few tokens, decoded tiles for many."""
+"""The Triton products, on tensors: fused for few tokens; for many, decoded before the tensor cores, or beside them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from torch.nn import functional as F
 from hf_lowbit.formats import ActivationSpec
 from hf_lowbit.formats.packed import from_bits
 from hf_lowbit.formats.spec import SCALE_DTYPES
-from hf_lowbit.kernels.triton import blocks
+from hf_lowbit.kernels.triton import blocks, dense_blocks
 from hf_lowbit.kernels.triton.blocks import DIGIT_TOKENS, FUSED_TOKENS, SLICE_BYTES, has_digits, is_wide
+from hf_lowbit.kernels.triton.compiled import ALIGNMENT
 from hf_lowbit.kernels.triton.device import interpreted, on_device_of
 from hf_lowbit.kernels.triton.matrix import FLOAT_TYPES, HALF_TYPES, Matrix
 from hf_lowbit.kernels.triton.unpack import CHUNK_BITS
 
 _GRADIENT_ELEMENTS = 1 << 22
 _MOST_COLUMNS = 1 << 15  # of a token that one block reads
+_HOPPER = 9  # major compute capability
 _UNIT_MULTIPLE = 16  # of every side of a product in int8 or float8
 _FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "fp_e4m3fn": torch.float8_e4m3fn}
 
@@ -36,6 +38,11 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
     """
     if not x.shape[0]:
         return x.new_empty(0, matrix.rows)
+    if suits_dense(x, matrix):
+        from hf_lowbit.kernels.triton.dense_launch import launch_dense
+
+        if (y := launch_dense(x, matrix)) is not None:
+            return y
     if suits_wide(x, matrix):
         from hf_lowbit.kernels.triton.launch import launch_wide
 
@@ -125,6 +132,31 @@ def suits_digits(x: Tensor, matrix: Matrix) -> bool:
     if rest or slices % groups or not has_digits(x.shape[0], spec.bits, matrix.rows, slices, slices // groups):
         return False
     return interpreted() or _is_hopper(x)
+
+
+def suits_dense(x: Tensor, matrix: Matrix) -> bool:
+    """Whether x has the number of tokens, and the matrix the format and the size, for the kernel for many tokens.
+
+    Its results are those of decoded rows, up to the order of sums. Only on Hopper, whose tensor cores read both sides
+    from shared memory while threads compute on, and where Triton comes with Gluon.
+    """
+    if not dense_blocks.is_fastest(x.shape[0], matrix.rows, matrix.columns) or not dense_blocks.suits(matrix):
+        return False
+    packed = matrix.packed
+    is_its_type = x.dtype in HALF_TYPES and x.dtype == SCALE_DTYPES[packed.spec.scale_dtype]
+    if not is_its_type or interpreted() or packed.weight.data_ptr() % ALIGNMENT:
+        return False
+    return _capability(x.device)[0] == _HOPPER and has_gluon()
+
+
+@cache
+def has_gluon() -> bool:
+    """Whether Triton has what that kernel is written in."""
+    try:
+        import hf_lowbit.kernels.triton.dense_launch  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def suits_wide(x: Tensor, matrix: Matrix) -> bool:
@@ -236,7 +268,13 @@ def _most_fused(matrix: Matrix) -> int:
 
 def _is_hopper(tensor: Tensor) -> bool:
     """Or newer: it multiplies float8, and takes one side of a product from registers."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    return tensor.is_cuda and _capability(tensor.device) >= (_HOPPER, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Asked for every product: torch takes microseconds to tell."""
+    return torch.cuda.get_device_capability(device)
 
 
 def _tiles(matrix: Matrix, dtype: torch.dtype, step: int) -> Iterator[tuple[slice, Tensor]]:

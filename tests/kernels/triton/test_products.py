@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, decode
 from hf_lowbit.kernels import kernel_of, packed_linear, packed_linears, quantize_tokens, triton
-from hf_lowbit.kernels.triton import blocks
+from hf_lowbit.kernels.triton import blocks, dense_blocks
 from hf_lowbit.kernels.triton.products import suits_wide
 from tests.kernels.cpu.matrices import FORMATS, random_packed
 
@@ -111,6 +111,23 @@ def test_few_rows_are_multiplied_in_parts() -> None:
     assert [blocks.wide_parts(64, rows, 4, 32, 32) for rows in (4096, 14336, 28672)] == [2, 2, 1]
     assert blocks.wide_parts(64, 4096, 8, 32, 112) == blocks.wide_parts(64, 4096, 4, 16, 224) == 1
     assert blocks.is_wide(64, 4, 4096, 32, 112) and not blocks.is_wide(64, 4, 4096, 32, 32)
+
+
+def test_formats_and_sizes_for_the_kernel_for_many_tokens() -> None:
+    def suits(rows: int, columns: int, **fields: object) -> bool:
+        matrix = triton.describe(moved(random_packed(rows, columns, **fields)), torch.float16)
+        assert matrix is not None
+        return dense_blocks.suits(matrix)
+
+    for group in (None, 64, 128, 256):
+        assert suits(16, 768, bits=4, group_size=group)
+    assert not suits(16, 768, bits=4, group_size=32)  # a stage of 64 columns has one scale of a row
+    assert not suits(16, 768, bits=4, group_size=192)
+    assert not suits(16, 768, bits=4, group_size="tensor")
+    assert not suits(16, 768, bits=4, group_size=64, symmetric=False)
+    assert not suits(12, 768, bits=4, group_size=64)  # rows of outputs that 16 bytes do not divide
+    assert not suits(16, 192, bits=4, group_size=64) and not suits(16, 128, bits=4, group_size=64)
+    assert not suits(16, 768, bits=8, group_size=64) and not suits(16, 768, format="nf", bits=4, group_size=64)
 
 
 def test_a_launch_found_before_is_found_for_the_same_arguments_only() -> None:
