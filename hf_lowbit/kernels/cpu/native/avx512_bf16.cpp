@@ -8,8 +8,8 @@
 
 namespace {
 
-// Inputs, at most, that are better multiplied by what was decoded in registers: more where that is a shift and a look-up.
-int64_t few_inputs(const hfl_matrix& w) { return multiplies_pairs(w, HFL_BFLOAT16) && 16 % w.bits == 0 ? 8 : 4; }
+// Inputs, at most, that are better multiplied by what was decoded in registers.
+int64_t few_inputs(const hfl_matrix& w) { return multiplies_pairs(w, HFL_BFLOAT16) ? 8 : 4; }
 
 bool has_chunks(const hfl_matrix& w) {
     return with_chunks(w, [](auto) {});

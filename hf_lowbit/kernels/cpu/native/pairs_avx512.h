@@ -11,32 +11,13 @@
 
 namespace {
 
-// A lane's codes are two halves: the j-th code of the first half and that of the second make a pair, one above the
-// other in 16 bits each, so that one shift and one permutation give 32 values. For tables that bfloat16 holds exactly.
-template <int bits> struct InPairs {
-    static constexpr int words = Lane<bits>::words, codes = Lane<bits>::codes, steps = codes / 2;
-    static constexpr int block_words = words * Simd::lanes;
+// Of lanes of so many codes: the j-th code of the first half and that of the second make a pair, one above the other in 16
+// bits each.
+template <int codes> struct Pairs {
     using Input = uint16_t;
+    static constexpr int steps = codes / 2;
     template <int M> static constexpr int chains = 1;  // processors that have these look far enough ahead
-    struct Loaded { __m512i half[words]; };  // the h-th 16 bits of the first half, and those of the second half above
 
-    // Permutations read five bits: where these hold several codes, each has a table of its own, and they share a shift.
-    static constexpr int together = bits == 1 ? 4 : bits == 2 ? 2 : 1;
-    static constexpr int size = bits <= 5 ? 32 : 64, tables = together * size / 32;
-
-    __m512i table[tables];
-    explicit InPairs(const hfl_matrix& w) {
-        alignas(64) uint16_t values[together * size];
-        for (int t = 0; t < together; t++)
-            for (int i = 0; i < size; i++)
-                values[t * size + i] = to_bfloat16(w.table[(i >> t * bits) & ((1 << bits) - 1)]);
-        for (int i = 0; i < tables; i++) table[i] = _mm512_load_si512(values + 32 * i);
-    }
-    static bool fits(const hfl_matrix& w) {
-        bool exact = true;
-        for (int i = 0; i < 1 << bits; i++) exact = exact && from_bfloat16(to_bfloat16(w.table[i])) == w.table[i];
-        return exact;
-    }
     static void arrange(const uint16_t* in, int j, float* out) {
         alignas(64) static constexpr auto first = [] {
             std::array<uint16_t, 32> at{};  // of each lane's inputs, in the 32 of the vector that holds them
@@ -51,6 +32,41 @@ template <int bits> struct InPairs {
             pairs = _mm512_mask_permutexvar_epi16(pairs, here, at, _mm512_loadu_si512(in + 32 * v));
         }
         _mm512_storeu_si512(out, pairs);
+    }
+    HFL_INLINE static Simd::Float multiply_add(__m512i values, const float* in, Simd::Float sum) {
+        const __m512i inputs = _mm512_loadu_si512(in);
+        return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(values), reinterpret_cast<__m512bh>(inputs));
+    }
+    static float shift(const hfl_matrix&) { return 0.0f; }
+};
+
+// Whether all values of the table are bfloat16 numbers.
+inline bool is_bfloat16(const hfl_matrix& w) {
+    bool exact = true;
+    for (int i = 0; i < 1 << w.bits; i++) {
+        const float value = w.table[i], rounded = from_bfloat16(to_bfloat16(value));
+        exact = exact && (rounded == value || value != value);
+    }
+    return exact;
+}
+
+// One shift and one permutation give 32 values. For tables that bfloat16 holds exactly.
+template <int bits> struct InPairs : Pairs<Lane<bits>::codes> {
+    static constexpr int words = Lane<bits>::words;
+    static constexpr int block_words = words * Simd::lanes;
+    struct Loaded { __m512i half[words]; };  // the h-th 16 bits of the first half, and those of the second half above
+
+    // Permutations read five bits: where these hold several codes, each has a table of its own, and they share a shift.
+    static constexpr int together = bits == 1 ? 4 : bits == 2 ? 2 : 1;
+    static constexpr int size = bits <= 5 ? 32 : 64, tables = together * size / 32;
+
+    __m512i table[tables];
+    explicit InPairs(const hfl_matrix& w) {
+        alignas(64) uint16_t values[together * size];
+        for (int t = 0; t < together; t++)
+            for (int i = 0; i < size; i++)
+                values[t * size + i] = to_bfloat16(w.table[(i >> t * bits) & ((1 << bits) - 1)]);
+        for (int i = 0; i < tables; i++) table[i] = _mm512_load_si512(values + 32 * i);
     }
     HFL_INLINE static Loaded load(const uint32_t* p) {
         Simd::Int lane[words];
@@ -77,11 +93,39 @@ template <int bits> struct InPairs {
         if constexpr (bits <= 5) return _mm512_permutexvar_epi16(code, table[j % together]);  // ignores higher bits
         else return _mm512_permutex2var_epi16(table[0], code, table[1]);
     }
-    HFL_INLINE static Simd::Float multiply_add(__m512i values, const float* in, Simd::Float sum) {
-        const __m512i inputs = _mm512_loadu_si512(in);
-        return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(values), reinterpret_cast<__m512bh>(inputs));
+};
+
+// Bytes: the two bytes of 64 bfloat16 numbers are looked up one plane at a time. For such tables, too.
+struct InBytePairs : Pairs<4> {
+    static constexpr int block_words = Simd::lanes;
+    struct Loaded { __m512i pair[2]; };
+
+    __m512i low[4], high[4];  // bytes of the numbers of 64 codes each
+    explicit InBytePairs(const hfl_matrix& w) {
+        alignas(64) uint8_t bytes[2][256];
+        for (int i = 0; i < 256; i++) {
+            const uint16_t value = to_bfloat16(w.table[i]);
+            bytes[0][i] = static_cast<uint8_t>(value);
+            bytes[1][i] = static_cast<uint8_t>(value >> 8);
+        }
+        for (int i = 0; i < 4; i++) {
+            low[i] = _mm512_load_si512(bytes[0] + 64 * i);
+            high[i] = _mm512_load_si512(bytes[1] + 64 * i);
+        }
     }
-    static float shift(const hfl_matrix&) { return 0.0f; }
+    HFL_INLINE Loaded load(const uint32_t* p) const {
+        const __m512i codes = _mm512_loadu_si512(p);
+        const __mmask64 upper = _mm512_movepi8_mask(codes);
+        auto look_up = [&](const __m512i* table) HFL_INLINE {
+            return _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(table[0], codes, table[1]),
+                                          _mm512_permutex2var_epi8(table[2], codes, table[3]));
+        };
+        const __m512i l = look_up(low), h = look_up(high), mask = _mm512_set1_epi16(0xff);
+        constexpr int choose = 0xca;  // by the first operand: the second, or the third
+        return {{_mm512_ternarylogic_epi32(mask, l, _mm512_slli_epi16(h, 8), choose),
+                 _mm512_ternarylogic_epi32(mask, _mm512_srli_epi16(l, 8), h, choose)}};
+    }
+    template <int j> HFL_INLINE static __m512i at(const Loaded& loaded) { return loaded.pair[j]; }
 };
 
 }  // namespace

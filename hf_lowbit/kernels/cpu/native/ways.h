@@ -98,12 +98,7 @@ struct InDigits : OneFloat {
 // Whether pairs of bfloat16 inputs are multiplied at once.
 inline bool multiplies_pairs(const hfl_matrix& w, int type) {
 #if defined(HFL_PAIRS)
-    if (type != HFL_BFLOAT16 || w.packing != HFL_DENSE || w.bits > 6) return false;
-    bool fits = false;
-    with_values(w, [&](auto bits, auto) {
-        if constexpr (decltype(bits)::value <= 6) fits = InPairs<decltype(bits)::value>::fits(w);
-    });
-    return fits;
+    return type == HFL_BFLOAT16 && w.packing == HFL_DENSE && w.bits != 7 && is_bfloat16(w);
 #else
     (void)w, (void)type;
     return false;
@@ -118,6 +113,8 @@ template <class Use> void with_way(const hfl_matrix& w, bool pairs, Use use) {
 #if defined(HFL_PAIRS)
         if constexpr (width <= 6)
             if (pairs) return use(Type<InPairs<width>>());
+        if constexpr (width == 8)
+            if (pairs) return use(Type<InBytePairs>());
 #else
         (void)pairs;
 #endif
