@@ -37,7 +37,7 @@ template <class Way, int M> class TileProduct {
     static constexpr bool is_small = sizeof(Loaded) <= 3 * sizeof(Float);  // else they do not fit into registers
     static constexpr int rows_together = M == 1 && is_small ? Simd::rows_together : 1;
     static constexpr int block = Way::steps * Simd::lanes;  // of inputs, or pairs of them
-    static constexpr int64_t first_level_bytes = 16384;  // half of the smallest first-level cache
+    static constexpr int64_t first_level_bytes = Simd::lanes * 2048;  // of inputs, in the first-level cache
     static constexpr int64_t stretch = std::max<int64_t>(1, first_level_bytes / (block * M * 4));  // of blocks
 
     void multiply_tile(int64_t first, int64_t last, void* y, int type) {
@@ -86,7 +86,8 @@ template <class Way, int M> class TileProduct {
         constexpr int chains = std::max(1, Way::template chains<M> / R), sums = R * M;
         const float* inputs = x_.values.data() + m0_ * x_.stride + first * block * M;
         const int32_t *groups = geometry_.first.data(), *lanes = geometry_.lane.data();
-        const int64_t ahead = std::max<int64_t>(512, R == 1 ? 0 : R * row_words);  // what is read next, or after that
+        const bool goes_on = R == 1 && geometry_.blocks <= stretch;  // along a row; else the next rows follow
+        const int64_t ahead = goes_on ? 512 : R * row_words;
         const Way way = way_;  // in registers
         const float* scale[R];
         Float total[sums];
