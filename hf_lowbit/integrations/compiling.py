@@ -18,8 +18,8 @@ _CPP_SINCE = (2, 13)  # the first torch that was tried: its C++ calls our operat
 def compile_config(modules_stay: bool = False) -> CompileConfig:
     """For ``model.generate(..., cache_implementation="static", compile_config=compile_config())``, on every device.
 
-    The step is one graph, in which packed layers that read the same input compute together, as they do in eager mode. On
-    machines without a GPU the code around its kernels is C++, too.
+    The step is one graph, in which packed layers that read the same input compute together, as they do in eager mode.
+    Without a GPU the code around its kernels is C++, too.
 
     Args:
         modules_stay: the model's modules stay as they are from the first step on: no adapter is added, switched or
@@ -32,7 +32,7 @@ def compile_config(modules_stay: bool = False) -> CompileConfig:
 
     options: dict[str, Any] = {"post_grad_custom_pre_pass": JoinProducts(), "size_asserts": False}
     if torch.__version__ >= _CPP_SINCE and not torch.cuda.is_available():  # type: ignore[operator]
-        options["cpp_wrapper"] = True
+        options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}  # the latter compiles in half the time
     if modules_stay:
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
     mode: Any = None  # torch takes a mode or options
