@@ -107,6 +107,24 @@ def test_integer_products_run_where_promised(instruction_set: str) -> None:
         assert matrix is not None and cpu.multiplies_int8(matrix)
 
 
+@pytest.mark.parametrize("tokens", (1, 8, 20))
+def test_threads_share_the_rows_of_several_matrices(tokens: int) -> None:
+    """Enough codes for several runs of each, which end within a matrix and go on in the next."""
+    sizes = ((1501, {"bits": 4}), (7, {"bits": 8}), (900, {"bits": 4}), (333, {"bits": 3}))
+    several = [random_packed(rows, 576, group_size=64, **fields) for rows, fields in sizes]
+    described = [matrix for packed in several if (matrix := cpu.describe(packed)) is not None]
+    assert sum(packed.weight.numel() for packed in several) > 8 * 8192  # pieces; see rows.h
+    x = torch.randn(tokens, 576, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        results = cpu.linear(x, described)
+    finally:
+        torch.set_num_threads(before)
+    for y, packed in zip(results, several, strict=True):
+        assert relative(y, exact_product(x, packed), without_cancellation(x, packed)) < TOLERANCE[torch.bfloat16]
+
+
 @given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 700),
