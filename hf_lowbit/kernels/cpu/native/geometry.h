@@ -78,8 +78,9 @@ struct RowScales {
   private:
     void read(int64_t row, int64_t count) {
         const int64_t first = row * w.groups, values = count * w.groups;
-        const char* next = static_cast<const char*>(w.scales) + (first + values) * (w.scale_type == HFL_FLOAT32 ? 4 : 2);
-        for (int64_t i = 0; i < values * 2; i += 64) __builtin_prefetch(next + i);
+        const int64_t size = w.scale_type == HFL_FLOAT32 ? 4 : 2;
+        const char* next = static_cast<const char*>(w.scales) + (first + values) * size;
+        for (int64_t i = 0; i < values * size; i += 64) __builtin_prefetch(next + i);
         load_floats(scale.data(), w.scales, first, values, w.scale_type);
         if (w.zero_kind == HFL_REAL_ZERO) load_floats(zero.data(), w.zeros, first, values, w.scale_type);
         const int64_t words = (w.groups * w.bits + 31) / 32;

@@ -117,7 +117,7 @@ void* products(const uint64_t* stack) {
         size += tokens * matrix.rows;
     }
     void* result = nullptr;
-    torch.empty_strided(1, &size, &one, code, 0, -1, &result);
+    if (torch.empty_strided(1, &size, &one, code, 0, -1, &result)) return nullptr;  // no memory: Python says so
     std::vector<void*> places;
     char* next = static_cast<char*>(place(result));
     for (const hfl_matrix& matrix : matrices) {
