@@ -25,7 +25,7 @@ class JoinProducts(CustomGraphPass):
         readers: dict[Any, list[Node]] = {}
         for node in graph.nodes:
             if node.op == "call_function" and node.target is PRODUCTS:
-                readers.setdefault(node.args[0], []).append(node)
+                readers.setdefault((node.args[0], node.args[4]), []).append(node)
         place = {node: index for index, node in enumerate(graph.nodes)}
         for calls in readers.values():
             together = [call for call in calls if _has_known_size(call) and _can_be_at(call, calls[0], place)]
@@ -49,7 +49,7 @@ def _can_be_at(call: Node, first: Node, place: Mapping[Node, int]) -> bool:
 
 
 def _join(graph: Graph, calls: list[Node]) -> None:
-    """The calls have the same input, whose columns they all state."""
+    """The calls have the same input, whose columns and activation they all state."""
     first, sizes = calls[0], [call.meta["val"].numel() for call in calls]
     x, stored = _tensors(call.args for call in calls)
     for tensor in stored:
@@ -57,11 +57,11 @@ def _join(graph: Graph, calls: list[Node]) -> None:
             first.prepend(tensor)
     with graph.inserting_before(first):
         specs = f"[{', '.join(str(call.args[2])[1:-1] for call in calls)}]"
-        joined = graph.call_function(PRODUCTS, (x, stored, specs, first.args[3]))
+        joined = graph.call_function(PRODUCTS, (x, stored, specs, *first.args[3:]))
     joined.meta = {**first.meta, "val": first.meta["val"].new_empty(sum(sizes))}
     inputs = [call.meta["eager_input_vals"] for call in calls if "eager_input_vals" in call.meta]
     if len(inputs) == len(calls):  # inductor keeps their strides
-        joined.meta["eager_input_vals"] = (*_tensors(arguments for arguments, _ in inputs), None, None), {}
+        joined.meta["eager_input_vals"] = (*_tensors(arguments for arguments, _ in inputs), *[None] * 3), {}
     offset = 0
     for call, size in zip(calls, sizes, strict=True):
         with graph.inserting_before(first):

@@ -24,8 +24,9 @@ _PACKED = "Tensor weight, Tensor scale, Tensor? zero_point, Tensor? table, str s
 _library = torch.library.Library("hf_lowbit", "DEF")
 _INPUTS = "str? activation, Tensor? input_scale, Tensor? input_shift, Tensor? sums"
 _library.define(f"linear(Tensor x, {_PACKED}, {_INPUTS}, str? backend) -> Tensor")
-_OF_SEVERAL = "(Tensor x, Tensor[] stored, str specs, int columns) -> Tensor"  # one product after the other, flat
-_library.define(f"products{_OF_SEVERAL}")  # without gradients, inputs as they are; on a CPU native
+_SEVERAL = "Tensor x, Tensor[] stored, str specs, int columns, str activation"
+_OF_SEVERAL = f"({_SEVERAL}) -> Tensor"  # one product after the other, flat; no activation: inputs as they are
+_library.define(f"products{_OF_SEVERAL}")  # without gradients, inputs that bring their scales; on a CPU native
 _library.define(f"products_of_python{_OF_SEVERAL}")  # what the native one leaves
 _library.define(f"linear_backward(Tensor gradient, {_PACKED}, str? backend) -> Tensor")
 _library.define(f"decode({_PACKED}, ScalarType dtype, str? backend) -> Tensor")
@@ -44,18 +45,19 @@ def packed_linear(
     sums: Tensor | None = None,
 ) -> Tensor:
     """:func:`hf_lowbit.kernels.packed_linear` as an operator."""
-    if activation is None and backend is None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        return inference_product(x, packed)
+    if backend is None and torch.compiler.is_compiling() and not torch.is_grad_enabled() and _brings_scales(activation):
+        return inference_product(x, packed, activation)
     told = None if activation is None else _told(activation)
     inputs = told, input_scale, input_shift, sums
     result: Tensor = torch.ops.hf_lowbit.linear(x, *_arguments(packed), *inputs, backend)
     return result
 
 
-def inference_product(x: Tensor, packed: PackedTensor) -> Tensor:
-    """The same where no gradient is needed and inputs are not quantized: graphs can join such products."""
+def inference_product(x: Tensor, packed: PackedTensor, activation: ActivationSpec | None = None) -> Tensor:
+    """The same where no gradient is needed and inputs bring their scales: graphs can join such products."""
     packed = with_plain_scales(packed)
-    result: Tensor = torch.ops.hf_lowbit.products(x, _stored(packed), f"[{_told(packed.spec)}]", packed.columns)
+    specs, told = f"[{_told(packed.spec)}]", "" if activation is None else _told(activation)
+    result: Tensor = torch.ops.hf_lowbit.products(x, _stored(packed), specs, packed.columns, told)
     return result.view(*x.shape[:-1], packed.weight.shape[0])
 
 
@@ -69,6 +71,11 @@ def look_up_rows(packed: PackedTensor, index: Tensor, dtype: torch.dtype, backen
     """Decoded rows as an operator."""
     result: Tensor = torch.ops.hf_lowbit.rows(*_arguments(packed), index, dtype, backend)
     return result
+
+
+def _brings_scales(activation: ActivationSpec | None) -> bool:
+    """Whether inputs stay as they are, or become integers with scales that are made as they come."""
+    return activation is None or (activation.format == "int" and activation.symmetric and not activation.static)
 
 
 def _stored(packed: PackedTensor) -> list[Tensor]:
@@ -131,11 +138,12 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
 
 @torch.library.impl(_library, "products", "CompositeExplicitAutograd")
 @torch.library.impl(_library, "products_of_python", "CompositeExplicitAutograd")
-def _products(x: Tensor, stored: list[Tensor], specs: str, columns: int) -> Tensor:
-    matrices = _matrices(stored, specs, columns)
+def _products(x: Tensor, stored: list[Tensor], specs: str, columns: int, told: str) -> Tensor:
+    matrices, activation = _matrices(stored, specs, columns), _activation_spec(told) if told else None
     if x.device.type == "cpu":
-        cpu.serve("products", "hf_lowbit::products_of_python", matrices, specs, NATIVE_TOKENS_FAST_TYPE)
-    results = [result.reshape(-1) for result in products.products(x, matrices, None, None)]
+        python_operator = "hf_lowbit::products_of_python"
+        cpu.serve("products", python_operator, matrices, specs, NATIVE_TOKENS_FAST_TYPE, told, activation)
+    results = [result.reshape(-1) for result in products.products(x, matrices, activation, None)]
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
@@ -164,7 +172,7 @@ def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 @torch.library.register_fake("hf_lowbit::products", lib=_library)
 @torch.library.register_fake("hf_lowbit::products_of_python", lib=_library)
-def _products_fake(x: Tensor, stored: list[Tensor], specs: str, columns: int) -> Tensor:
+def _products_fake(x: Tensor, stored: list[Tensor], specs: str, columns: int, told: str) -> Tensor:
     rows = sum(packed.weight.shape[0] for packed in _matrices(stored, specs, columns))
     return x.new_empty(math.prod(x.shape[:-1]) * rows)
 

@@ -71,6 +71,8 @@ def products(
     else:
         if gpu_runs(tokens.device, backend) and triton.quantizes(tokens, activation):
             inputs = Codes(*triton.quantize_tokens(tokens, activation))
+        elif backend in (None, "cpu") and cpu.quantizes(tokens, activation):
+            inputs = Codes(*cpu.quantize_tokens(tokens, activation))
         else:
             inputs = quantize_tokens(tokens, activation, input_scale, input_shift)
         results = products_of_codes(inputs, weights, activation, backend, x.dtype, sums)

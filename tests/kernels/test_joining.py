@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hf_lowbit.formats import PackedTensor, WeightSpec
+from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec
 from hf_lowbit.kernels.joining import JoinProducts
 from hf_lowbit.kernels.ops import PRODUCTS, inference_product
 from hf_lowbit.rounding import round_to_nearest
@@ -52,6 +52,23 @@ def test_products_of_one_input_become_one_call(weights: list[PackedTensor]) -> N
     assert [node.args for node in joined.users] == [(joined, 0, 0, 16), (joined, 0, 16, 48), (joined, 0, 48, 96)]
     assert joined.meta["val"].shape == (96,)
     assert alone.meta["val"].shape == (48,)
+    for result, expected in zip(module(x), model(x), strict=True):
+        assert torch.equal(result, expected)
+
+
+@torch.no_grad()
+def test_products_are_joined_with_those_of_the_same_activation(weights: list[PackedTensor]) -> None:
+    activations = (None, ActivationSpec("int", 8), ActivationSpec("int", 8))
+
+    def model(x: torch.Tensor) -> list[torch.Tensor]:
+        return [inference_product(x, weights[0], activation) for activation in activations]
+
+    x = torch.randn(1, 64)
+    module = make_fx(model, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+    JoinProducts()(module.graph)
+    module.recompile()
+    calls = [node for node in module.graph.nodes if node.target is PRODUCTS]
+    assert [node.args[4] for node in calls] == ["", "{'format': 'int', 'bits': 8}"]
     for result, expected in zip(module(x), model(x), strict=True):
         assert torch.equal(result, expected)
 

@@ -21,6 +21,7 @@ from hf_lowbit.kernels.cpu.products import (
     multiplies_int8,
     multiplies_many,
 )
+from hf_lowbit.kernels.cpu.quantize import quantize_tokens, quantizes
 from hf_lowbit.kernels.cpu.state_space import causal_convolution, selective_scan
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "multiplies_int8",
     "multiplies_many",
     "prepare",
+    "quantize_tokens",
+    "quantizes",
     "rounding_errors",
     "selective_scan",
     "serve",

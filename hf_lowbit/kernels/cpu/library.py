@@ -23,6 +23,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "hfl_use": (_INT, ctypes.c_char_p),
     "hfl_linear": (_INT, _POINTER, _INT, _POINTER, _INT, _LONG, _LONG, _POINTER, _INT),
     "hfl_linear_int8": (_INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER, _INT),
+    "hfl_quantize": (_INT, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER),
     "hfl_multiplies_int8": (_INT, _POINTER),
     "hfl_multiplies_in_registers": (_INT, _POINTER),
     "hfl_multiplies_many": (_INT, _POINTER, _INT),
@@ -31,7 +32,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "hfl_causal_convolution": (_INT, ctypes.c_char_p, _INT),
     "hfl_rounding_errors": (_INT, ctypes.c_char_p, _INT),
     "hfl_register_operator": (_INT, _POINTER, ctypes.c_char_p, ctypes.c_char_p),
-    "hfl_know": (None, _POINTER, _POINTER, _INT, ctypes.c_char_p),
+    "hfl_know": (None, _POINTER, _POINTER, _INT, ctypes.c_char_p, ctypes.c_char_p, _INT, _LONG),
     "hfl_read": (ctypes.c_uint64, _POINTER, _LONG, _INT),
 }
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lowbit.formats import PackedTensor
+from hf_lowbit.formats import ActivationSpec, PackedTensor
 from hf_lowbit.kernels.cpu.library import load
 from hf_lowbit.kernels.cpu.matrix import describe
+from hf_lowbit.kernels.cpu.products import multiplies_int8
 
 # hfl_torch of lowbit.h, in its order.
 _FUNCTIONS = (
@@ -36,18 +37,29 @@ class _TorchStruct(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in (*_FUNCTIONS, _WHAT)] + [("most_tokens", ctypes.c_int64)]
 
 
-def serve(name: str, python_operator: str, matrices: Sequence[PackedTensor], specs: str, most_tokens: int) -> bool:
+def serve(
+    name: str,
+    python_operator: str,
+    matrices: Sequence[PackedTensor],
+    specs: str,
+    most_tokens: int,
+    told: str = "",
+    activation: ActivationSpec | None = None,
+) -> bool:
     """Have ``hf_lowbit::<name>`` computed natively for CPU inputs and these matrices together from now on.
 
     Args:
-        name: an operator (x, stored tensors of the matrices, specs, columns) that gives their products with x, flat,
-            one after the other.
+        name: an operator (x, stored tensors of the matrices, specs, columns, activation) that gives their products
+            with x, flat, one after the other.
         python_operator: full name of the operator with the same arguments that takes everything else.
         specs: the text that describes the matrices among the arguments.
         most_tokens: for more, native products are those that decode once for many.
+        told: the text that describes the activation among the arguments.
+        activation: what x becomes first: symmetric integers with scales of its own.
 
     Returns:
-        False where this torch or the native library cannot, or matrices do not lie as kernels read them.
+        False where this torch or the native library cannot, matrices do not lie as kernels read them, or their
+        integers have other groups than the inputs'.
     """
     library = load()
     if library is None or not _register(name, python_operator, most_tokens):
@@ -55,12 +67,18 @@ def serve(name: str, python_operator: str, matrices: Sequence[PackedTensor], spe
     described = [matrix for packed in matrices if (matrix := describe(packed)) is not None]
     if len(described) < len(matrices):
         return False
+    limit, groups = 0, 1
+    if activation is not None:
+        limit, groups = int(activation.limit), activation.groups(matrices[0].columns)
+        if not all(multiplies_int8(matrix) and groups in (1, matrix.struct.groups) for matrix in described):
+            return False
     has_table = [packed.table is not None for packed in matrices]
     for matrix, has in zip(described, has_table, strict=True):
         if not has:
             _tables[matrix.table.data_ptr()] = matrix.table
     addresses = (ctypes.c_void_p * len(described))(*(matrix.address for matrix in described))
-    library.hfl_know(addresses, (ctypes.c_int * len(described))(*has_table), len(described), specs.encode())
+    tables = (ctypes.c_int * len(described))(*has_table)
+    library.hfl_know(addresses, tables, len(described), specs.encode(), told.encode(), limit, groups)
     return True
 
 

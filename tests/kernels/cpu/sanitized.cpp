@@ -101,6 +101,14 @@ void check(const hfl_matrix& w, int64_t m, int threads) {
     expect(hfl_linear(matrices, 2, short_x.data(), HFL_BFLOAT16, m, w.columns, short_results, threads) == 0, "bfloat16", w);
     for (size_t i = 0; i < y.size(); i++) y[i] = from_top_half(short_y[i]), again[i] = from_top_half(short_again[i]);
     compare("bfloat16", 0x1p-8);
+    std::vector<int8_t> own_codes(x.size());
+    std::vector<float> own_scales(n * static_cast<size_t>(w.groups));
+    expect(hfl_quantize(x.data(), HFL_FLOAT32, m, w.columns, w.groups, 127, own_codes.data(), own_scales.data()) == 0,
+           "quantize", w);
+    for (size_t i = 0; i < x.size(); i++) {
+        const float scale = own_scales[i / (columns / static_cast<size_t>(w.groups))];
+        expect(std::fabs(float(own_codes[i]) * scale - x[i]) <= 0.501f * scale, "codes of inputs", w);
+    }
     if (hfl_multiplies_int8(&w)) {
         for (const int64_t groups : {int64_t(1), static_cast<int64_t>(w.groups)}) {  // of the inputs
             const int failed = hfl_linear_int8(matrices, 2, codes.data(), ones.data(), groups, m, HFL_FLOAT32, results, threads);

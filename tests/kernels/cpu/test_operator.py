@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lowbit.formats import PackedTensor, WeightSpec
+from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec
 from hf_lowbit.kernels import cpu, ops
 from hf_lowbit.kernels.products import products
 from hf_lowbit.rounding import round_to_nearest
@@ -20,10 +20,12 @@ def native() -> None:
     assert cpu.available(), cpu.unavailable_because()
 
 
-def operator(x: Tensor, matrices: Sequence[PackedTensor]) -> list[Tensor]:
+def operator(x: Tensor, matrices: Sequence[PackedTensor], activation: ActivationSpec | None = None) -> list[Tensor]:
     stored = [tensor for packed in matrices for tensor in ops._stored(packed)]
     specs = f"[{', '.join(ops._told(packed.spec) for packed in matrices)}]"
-    flat = torch.ops.hf_lowbit.products(x, stored, specs, matrices[0].columns)
+    flat = torch.ops.hf_lowbit.products(
+        x, stored, specs, matrices[0].columns, ops._told(activation) if activation else ""
+    )
     sizes = [x[..., 0].numel() * packed.weight.shape[0] for packed in matrices]
     shapes = [(*x.shape[:-1], packed.weight.shape[0]) for packed in matrices]
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
@@ -33,9 +35,11 @@ def of_python(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts of matrices in products that came to Python from now on."""
     calls: list[int] = []
 
-    def counted(x: Tensor, matrices: list[PackedTensor], *rest: object) -> list[Tensor]:
+    def counted(
+        x: Tensor, matrices: list[PackedTensor], activation: ActivationSpec | None, backend: None
+    ) -> list[Tensor]:
         calls.append(len(matrices))
-        return products(x, matrices, None, None)
+        return products(x, matrices, activation, backend)
 
     monkeypatch.setattr(ops.products, "products", counted)
     return calls
@@ -55,6 +59,43 @@ def test_comes_to_python_once_and_is_the_same(name: str, dtype: torch.dtype, mon
                 assert result.dtype == dtype
                 assert torch.equal(result, expected)
     assert calls == [2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation_group", [None, 32])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-zero", "int2", "ternary"])
+def test_quantizes_inputs_as_python_does(
+    name: str, bits: int, activation_group: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, activation = of_python(monkeypatch), ActivationSpec("int", bits, group_size=activation_group)
+    matrices = [random_packed(rows, 96, group_size=32, **FORMATS[name]) for rows in (24, 7)]
+    for tokens in (1, 5):
+        x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        x[-1, 40:60] *= 30
+        for _ in range(2):
+            for result, expected in zip(
+                operator(x, matrices, activation), products(x, matrices, activation, None), strict=True
+            ):
+                assert result.dtype == dtype
+                assert torch.equal(result, expected)
+    assert calls in ([2], [])  # none where the same lay there in an earlier test
+
+
+def test_inputs_with_other_groups_than_the_weight_stay_with_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, matrix, x = of_python(monkeypatch), random_packed(16, 96, group_size=32, bits=4), torch.randn(1, 96)
+    for _ in range(2):
+        operator(x, [matrix], ActivationSpec("int", 8, group_size=48))
+    assert calls == [1, 1]
+
+
+def test_one_matrix_with_and_without_quantized_inputs() -> None:
+    """What is known of it is told apart by the text of the activation."""
+    matrix, x = random_packed(16, 64, **FORMATS["int4"]), torch.randn(1, 64)
+    for activation in (None, ActivationSpec("int", 8), None, ActivationSpec("int", 4), ActivationSpec("int", 8)):
+        for _ in range(2):
+            (result,) = operator(x, [matrix], activation)
+            assert torch.equal(result, products(x, [matrix], activation, None)[0])
 
 
 def test_what_it_does_not_know_goes_to_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +143,6 @@ def test_errors_name_the_reason() -> None:
 
 def test_keeps_torchs_contract() -> None:
     packed = round_to_nearest(torch.randn(16, 64), WeightSpec(bits=4, group_size=32))
-    arguments = (torch.randn(3, 64), ops._stored(packed), f"[{ops._told(packed.spec)}]", packed.columns)
+    arguments = (torch.randn(3, 64), ops._stored(packed), f"[{ops._told(packed.spec)}]", packed.columns, "")
     with torch.no_grad():
         torch.library.opcheck(ops.PRODUCTS, arguments)

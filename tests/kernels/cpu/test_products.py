@@ -92,6 +92,24 @@ def test_inputs_with_the_groups_of_the_weight(name: str, group_size: int, instru
         cpu.linear_int8(codes, scale.repeat(1, 2), [matrix], torch.float32)
 
 
+@pytest.mark.parametrize("name", ["int1", "int2-zero", "int4", "int8", "int8-zero", "ternary"])
+@pytest.mark.parametrize("group_size", [32, 128, None])
+def test_a_few_inputs_give_what_each_gives_alone(name: str, group_size: int | None, instruction_set: str) -> None:
+    """Rows and inputs that go together, ends of tiles and rows; several stretches of inputs at 33024 columns."""
+    for rows, columns in ((37, 384), (18, 33024)):
+        packed = random_packed(rows, columns, group_size=group_size, **FORMATS[name])
+        matrix = cpu.describe(packed)
+        assert matrix is not None and cpu.multiplies_int8(matrix)
+        codes = torch.randint(-127, 128, (9, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(3))
+        scale = torch.logspace(-1, 1, 9).reshape(9, 1)
+        (together,) = cpu.linear_int8(codes, scale, [matrix], torch.float32)
+        x = codes.double() * scale.double()
+        assert relative(together, exact_product(x, packed), without_cancellation(x, packed)) < 2e-6
+        for i in range(9):
+            (alone,) = cpu.linear_int8(codes[i : i + 1], scale[i : i + 1], [matrix], torch.float32)
+            assert relative(alone, together[i : i + 1].double(), without_cancellation(x[i : i + 1], packed)) < 2e-6
+
+
 @pytest.mark.parametrize(
     "name, group_size, expected",
     [("int4", 64, True), ("int4", 12, False), ("ternary-base3", None, True), ("ternary-base3", 64, False)],

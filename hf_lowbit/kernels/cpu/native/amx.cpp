@@ -110,4 +110,5 @@ const Kernels amx_kernels = {
     },
     [](const hfl_scan& s, int threads) { return avx512_kernels.selective_scan(s, threads); },
     [](const hfl_convolution& c, int threads) { return avx512_kernels.causal_convolution(c, threads); },
-    [](const hfl_rounding& r, int threads) { avx512_kernels.rounding_errors(r, threads); }};
+    [](const hfl_rounding& r, int threads) { avx512_kernels.rounding_errors(r, threads); },
+    [](auto... arguments) { avx512_kernels.quantize(arguments...); }};

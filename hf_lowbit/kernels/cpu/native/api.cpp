@@ -121,6 +121,14 @@ int hfl_linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* 
     return m == 0 ? 0 : chosen->linear_int8(matrices, count, x, x_scale, x_groups, m, type, y, threads);
 }
 
+int hfl_quantize(const void* x, int type, int64_t m, int64_t columns, int64_t groups, int limit, int8_t* codes,
+                 float* scales) {
+    if (!is_type(type) || m < 0 || columns < 1 || groups < 1 || columns % groups || limit < 1 || limit > 127) return -1;
+    if (m && (!x || !codes || !scales)) return -1;
+    chosen->quantize(x, type, m, columns, groups, limit, codes, scales);
+    return 0;
+}
+
 int hfl_multiplies_int8(const hfl_matrix* matrix) { return is_valid(matrix) && chosen->multiplies_int8(matrix); }
 
 int hfl_multiplies_in_registers(const hfl_matrix* matrix) {

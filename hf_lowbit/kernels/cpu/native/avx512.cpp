@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int few_codes = 4;  // inputs, at most, that are better multiplied by what was decoded in registers
+constexpr int few_codes = 8;  // inputs, at most, that are better multiplied by what was decoded in registers
 
 int few_or_many(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* x_scale, int64_t x_groups,
                 int64_t m, int type, void* const* y, int threads) {

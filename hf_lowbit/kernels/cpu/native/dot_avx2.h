@@ -24,11 +24,14 @@ struct Dot {
         }
     };
     static Int load(const void* p) { return _mm256_loadu_si256(static_cast<const Int*>(p)); }
-    static Int start(const int32_t*) { return _mm256_setzero_si256(); }
+    static Int start(const int32_t*) { return zero(); }
+    static void add_start(const void*, int32_t*) {}
+    static Int zero() { return _mm256_setzero_si256(); }
     static Int add(Int sum, Int w, Int x) {
         const Int pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
         return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
+    static Int sum(Int a, Int b) { return _mm256_add_epi32(a, b); }
     static __m256 to_float(Int sum) { return _mm256_cvtepi32_ps(sum); }
 };
 

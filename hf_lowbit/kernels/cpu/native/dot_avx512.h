@@ -24,9 +24,22 @@ struct Dot {
         }
     };
     static Int load(const void* p) { return _mm512_loadu_si512(p); }
-    // -128 * (sum of the inputs of each lane)
+    // -128 * (sum of the inputs of each lane), to which add_start adds that of more inputs.
     static Int start(const int32_t* minus_sums) { return _mm512_loadu_si512(minus_sums); }
-    static Int add(Int sum, Int w, Int x) { return _mm512_dpbusd_epi32(sum, w, x); }
+    static void add_start(const void* inputs, int32_t* minus_sums) {
+        const Int sums = _mm512_dpbusd_epi32(zero(), _mm512_set1_epi8(-128), load(inputs));
+        _mm512_storeu_si512(minus_sums, _mm512_sub_epi32(start(minus_sums), sums));
+    }
+    static Int zero() { return _mm512_setzero_si512(); }
+    static Int add(Int sum, Int w, Int x) {
+#if defined(__GNUC__)
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "vm"(x));  // by its intrinsic GCC 12 spills sums
+        return sum;
+#else
+        return _mm512_dpbusd_epi32(sum, w, x);
+#endif
+    }
+    static Int sum(Int a, Int b) { return _mm512_add_epi32(a, b); }
     static __m512 to_float(Int sum) { return _mm512_cvtepi32_ps(sum); }
 };
 

@@ -10,8 +10,8 @@ struct Dot {
     struct Int { uint8_t byte[4 * lanes]; };
 
     template <int bits> struct Weights {
-        const int8_t* values;
-        explicit Weights(const int8_t* table) : values(table) {}
+        int8_t values[1 << bits];
+        explicit Weights(const int8_t* table) { std::memcpy(values, table, sizeof values); }
         template <int j> Int at(Int words) const {
             for (uint8_t& byte : words.byte)
                 byte = static_cast<uint8_t>(values[byte >> (j * bits) & ((1 << bits) - 1)]);
@@ -19,12 +19,21 @@ struct Dot {
         }
     };
     static Int load(const void* p) { Int r; std::memcpy(&r, p, sizeof r); return r; }
-    static Int start(const int32_t*) { return {}; }
+    static Int start(const int32_t*) { return zero(); }
+    static void add_start(const void*, int32_t*) {}
+    static Int zero() { return {}; }
     static Int add(Int sum, Int w, Int x) {
         int32_t total[lanes];
         std::memcpy(total, &sum, sizeof total);
         for (int i = 0; i < 4 * lanes; i++) total[i / 4] += int8_t(w.byte[i]) * int8_t(x.byte[i]);
         return load(total);
+    }
+    static Int sum(Int a, Int b) {
+        int32_t x[lanes], y[lanes];
+        std::memcpy(x, &a, sizeof x);
+        std::memcpy(y, &b, sizeof y);
+        for (int i = 0; i < lanes; i++) x[i] += y[i];
+        return load(x);
     }
     static Simd::Float to_float(Int sum) {
         int32_t total[lanes];

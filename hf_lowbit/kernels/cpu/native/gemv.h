@@ -24,7 +24,7 @@ template <class Way, int M> class TileProduct {
   public:
     TileProduct(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0)
         : w_(w), geometry_(geometry), x_(x), m0_(m0), way_(w), value_shift_(Way::shift(w)),
-          scales_(w, Simd::lanes, rows), reads_on_(w.words % Way::block_words && is_finite(w)) {}
+          scales_(w, Simd::lanes, rows), reads_on_(w.words % Way::block_words && (Way::is_integer || is_finite(w))) {}
 
     void operator()(int64_t first, int64_t last, void* y, int type) {
         for (; first < last; first += rows) multiply_tile(first, std::min(last, first + rows), y, type);
@@ -32,18 +32,23 @@ template <class Way, int M> class TileProduct {
 
   private:
     using Float = Simd::Float;
+    using Sum = typename Way::Sum;
     using Loaded = decltype(std::declval<const Way&>().load(nullptr));
     static constexpr int rows = 16;  // of a tile
     static constexpr bool is_small = sizeof(Loaded) <= 3 * sizeof(Float);  // else they do not fit into registers
     static constexpr int rows_together = M == 1 && is_small ? Simd::rows_together : 1;
     static constexpr int block = Way::steps * Simd::lanes;  // of inputs, or pairs of them
     static constexpr int64_t first_level_bytes = Simd::lanes * 2048;  // of inputs, in the first-level cache
-    static constexpr int64_t stretch = std::max<int64_t>(1, first_level_bytes / (block * M * 4));  // of blocks
+    static constexpr int64_t block_bytes = (block + Way::is_integer * Simd::lanes) * M * 4;  // with where sums start
+    static constexpr int64_t stretch = std::max<int64_t>(1, first_level_bytes / block_bytes);  // of blocks
 
     void multiply_tile(int64_t first, int64_t last, void* y, int type) {
         scales_.select(first, last - first);
-        for (auto& totals : total_)
-            for (Float& total : totals) total = Simd::zero();
+        for (int r = 0; r < rows; r++)
+            for (int m = 0; m < M; m++) {
+                sum_[r][m] = w_.groups == 1 ? start(x_.starts_of(m0_, M, 0), m) : Way::zero();
+                total_[r][m] = Simd::zero();
+            }
         for (int64_t b = 0; b < geometry_.blocks; b += stretch) {
             const int64_t end = std::min(b + stretch, geometry_.blocks);
             int64_t row = first;
@@ -73,6 +78,12 @@ template <class Way, int M> class TileProduct {
         add_scaled<R>(tail, Way::block_words, at, whole, last);
     }
 
+    // Where the sum of a block, or of a row that has one scale, begins.
+    HFL_INLINE static Sum start(const int32_t* starts, int m) {
+        if constexpr (Way::is_integer) return Way::start(starts + m * Simd::lanes);
+        else return Way::zero();
+    }
+
     enum Scaling { per_row, per_block, per_lane };
 
     template <int R> void add_scaled(const uint32_t* words, int64_t row_words, int64_t at, int64_t first, int64_t last) {
@@ -91,38 +102,57 @@ template <class Way, int M> class TileProduct {
         const Way way = way_;  // in registers
         const float* scale[R];
         Float total[sums];
+        Sum sum[sums * chains];
         for (int r = 0; r < R; r++) {
             scale[r] = scales_.scale.data() + scales_.begin(at + r);
-            for (int m = 0; m < M; m++) total[r * M + m] = total_[at + r][m];
+            for (int m = 0; m < M; m++) {
+                total[r * M + m] = total_[at + r][m];
+                sum[r * M + m] = sum_[at + r][m];
+            }
         }
+        for (int k = sums; k < sums * chains; k++) sum[k] = Way::zero();
+        const int32_t* starts = x_.starts_of(m0_, M, first);
         for (int64_t b = first; b < last; b++, words += Way::block_words, inputs += block * M) {
             for (int r = 0; r < R; r++)
                 for (int k = 0; k < Way::block_words; k += 16) __builtin_prefetch(words + r * row_words + ahead + k);
-            Float sum[sums * chains];
-            for (Float& chain : sum) chain = Simd::zero();
+            if constexpr (scaling == per_row) {
+                add_block<R, chains>(way, words, row_words, inputs, sum);
+                continue;
+            }
+            for (int k = 0; k < sums * chains; k++) sum[k] = k < sums ? start(starts, k % M) : Way::zero();
+            starts += M * Simd::lanes;
             add_block<R, chains>(way, words, row_words, inputs, sum);
-            for (int k = sums; k < sums * chains; k++) sum[k % sums] = Simd::add(sum[k % sums], sum[k]);
+            for (int k = sums; k < sums * chains; k++) sum[k % sums] = Way::add(sum[k % sums], sum[k]);
+            auto of_lanes = [&](const float* of_groups) HFL_INLINE {
+                if constexpr (scaling == per_block) return Simd::set(of_groups[groups[b]]);
+                return Simd::permute(Simd::load(of_groups + groups[b]), Simd::load_int(lanes + b * Simd::lanes));
+            };
             for (int r = 0; r < R; r++) {
-                Float factor;
-                if constexpr (scaling == per_block) factor = Simd::set(scale[r][groups[b]]);
-                if constexpr (scaling == per_lane)
-                    factor = Simd::permute(Simd::load(scale[r] + groups[b]), Simd::load_int(lanes + b * Simd::lanes));
-                for (int k = r * M; k < (r + 1) * M; k++)
-                    total[k] = scaling == per_row ? Simd::add(total[k], sum[k]) : Simd::multiply_add(sum[k], factor, total[k]);
+                const Float factor = of_lanes(scale[r]);
+                for (int m = 0; m < M; m++) {
+                    Float value = Way::to_float(sum[r * M + m]);
+                    if constexpr (Way::has_input_groups) value = Simd::multiply(value, of_lanes(x_.scales(m0_ + m)));
+                    total[r * M + m] = Simd::multiply_add(value, factor, total[r * M + m]);
+                }
             }
         }
+        if constexpr (scaling == per_row)
+            for (int k = sums; k < sums * chains; k++) sum[k % sums] = Way::add(sum[k % sums], sum[k]);
         for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++) total_[at + r][m] = total[r * M + m];
+            for (int m = 0; m < M; m++) {
+                total_[at + r][m] = total[r * M + m];
+                sum_[at + r][m] = sum[r * M + m];
+            }
     }
 
     // Adds a block's values times the inputs to sum[(chain * R + row) * M + m].
     template <int R, int chains>
-    HFL_INLINE static void add_block(const Way& way, const uint32_t* words, int64_t row_words, const float* in, Float* sum) {
+    HFL_INLINE static void add_block(const Way& way, const uint32_t* words, int64_t row_words, const float* in, Sum* sum) {
         Loaded loaded[R];
         for (int r = 0; r < R; r++) loaded[r] = way.load(words + r * row_words);
         repeat(
             [&](auto j) HFL_INLINE {
-                Float* chain = sum + j.value % chains * R * M;
+                Sum* chain = sum + j.value % chains * R * M;
                 for (int r = 0; r < R; r++) {
                     const auto v = way.template at<decltype(j)::value>(loaded[r]);
                     for (int m = 0; m < M; m++)
@@ -136,14 +166,21 @@ template <class Way, int M> class TileProduct {
     // The results of the tile's first `count` rows for its m-th input.
     void finish(int m, int count, float* results) const {
         Float total[rows];
-        for (int r = 0; r < rows; r++) total[r] = r < count ? finish(total_[r][m], r, m0_ + m) : Simd::zero();
-        for (int r = 0; r < rows; r += Simd::lanes) Simd::store(results + r, Simd::sums(total + r));
+        const Float factor = Simd::set(Way::is_integer && !Way::has_input_groups ? x_.scales(m0_ + m)[0] : 1.0f);
+        for (int r = 0; r < rows; r++) total[r] = r < count ? finish(r, m) : Simd::zero();
+        for (int r = 0; r < rows; r += Simd::lanes) {
+            const Float values = Simd::sums(total + r);
+            Simd::store(results + r, Way::is_integer ? Simd::multiply(values, factor) : values);
+        }
     }
 
-    Float finish(Float total, int64_t at, int64_t m) const {
+    Float finish(int64_t at, int m) const {
         const int64_t begin = scales_.begin(at);
-        const float *scale = scales_.scale.data() + begin, *sums = x_.sums.data() + m * x_.groups;
-        if (w_.groups == 1) total = Simd::multiply(total, Simd::set(scale[0]));
+        const float *scale = scales_.scale.data() + begin, *sums = x_.sums.data() + (m0_ + m) * x_.groups;
+        Float total = total_[at][m];
+        if (w_.groups == 1) total = Simd::multiply(Way::to_float(sum_[at][m]), Simd::set(scale[0]));
+        if constexpr (Way::is_integer)
+            total = Simd::multiply(total, Simd::set(1.0f / static_cast<float>(w_.integer_multiplier)));
         if (w_.zero_kind == HFL_NO_ZERO && value_shift_ == 0) return total;
         for (int64_t g = 0; g < w_.groups; g += Simd::lanes) {
             Float shift = Simd::set(value_shift_);
@@ -162,7 +199,8 @@ template <class Way, int M> class TileProduct {
     float value_shift_;
     RowScales scales_;
     const bool reads_on_;  // beyond the end of a row
-    Float total_[rows][M];
+    Float total_[rows][M];  // of scaled blocks
+    Sum sum_[rows][M];      // where rows have one scale
 };
 
 template <class Way, int M>
@@ -210,39 +248,55 @@ inline bool multiplies_in_lanes(const hfl_matrix& w) {
     return !Simd::has_planes || w.bits != 4 || w.groups == 1 || w.columns / w.groups % 32 == 0;
 }
 
-inline int linear(const hfl_matrix* const* matrices, int count, const void* x, int type, int64_t m, int64_t stride,
-                  void* const* y, int threads) {
+// Products of several matrices. fits(i): whether the i-th has a way, other(i, first, last, y) computes rows of one that
+// has none; alike(i, k): they can share inputs; with_way(i, use) calls use(Type<the way>); make(way, w, geometry): inputs.
+template <class Fits, class Alike, class WithWay, class Make, class Other>
+void multiply_matrices(const hfl_matrix* const* matrices, int count, void* const* y, int type, int threads, Fits fits,
+                       Alike alike, WithWay with_way, Make make, Other other) {
     struct Prepared {
         Geometry geometry;
         Inputs inputs;
-        bool pairs;
     };
-    // Matrices of one format and grouping, as siblings mostly are, share their inputs.
     std::vector<std::shared_ptr<Prepared>> prepared(static_cast<size_t>(count));
     for (int i = 0; i < count; i++) {
-        const hfl_matrix& w = *matrices[i];
-        if (!multiplies_in_lanes(w)) continue;
-        const bool pairs = multiplies_pairs(w, type);
-        for (int k = 0; k < i && !prepared[i]; k++)
-            if (prepared[k] && matrices[k]->bits == w.bits && matrices[k]->groups == w.groups &&
-                matrices[k]->decoder == w.decoder && matrices[k]->zero_kind == w.zero_kind &&
-                matrices[k]->packing == w.packing && prepared[k]->pairs == pairs)
+        if (!fits(i)) continue;
+        for (int k = 0; k < i && !prepared[i]; k++)  // siblings mostly have one format and grouping
+            if (prepared[k] && matrices[k]->bits == matrices[i]->bits && matrices[k]->groups == matrices[i]->groups &&
+                matrices[k]->zero_kind == matrices[i]->zero_kind && alike(i, k))
                 prepared[i] = prepared[k];
         if (prepared[i]) continue;
-        Geometry geometry(w, Simd::lanes);
-        with_way(w, pairs, [&](auto way) {
-            Inputs inputs(way, w, geometry, x, type, m, stride);
-            prepared[i] = std::make_shared<Prepared>(Prepared{std::move(geometry), std::move(inputs), pairs});
+        Geometry geometry(*matrices[i], Simd::lanes);
+        with_way(i, [&](auto way) {
+            Inputs inputs = make(way, *matrices[i], geometry);
+            prepared[i] = std::make_shared<Prepared>(Prepared{std::move(geometry), std::move(inputs)});
         });
     }
     share_rows(matrices, count, threads, 1, [&](int i, int64_t first, int64_t last) {
-        const hfl_matrix& w = *matrices[i];
-        if (!prepared[i]) return multiply_decoded(w, x, type, m, stride, first, last, y[i], type);
-        with_way(w, prepared[i]->pairs, [&](auto way) {
+        if (!prepared[i]) return other(i, first, last, y[i]);
+        with_way(i, [&](auto way) {
             using Way = typename decltype(way)::type;
-            multiply_batch<Way>(w, prepared[i]->geometry, prepared[i]->inputs, first, last, y[i], type);
+            multiply_batch<Way>(*matrices[i], prepared[i]->geometry, prepared[i]->inputs, first, last, y[i], type);
         });
     });
+}
+
+inline int linear(const hfl_matrix* const* matrices, int count, const void* x, int type, int64_t m, int64_t stride,
+                  void* const* y, int threads) {
+    std::vector<char> pairs(static_cast<size_t>(count));
+    for (int i = 0; i < count; i++) pairs[i] = multiplies_pairs(*matrices[i], type);
+    multiply_matrices(
+        matrices, count, y, type, threads, [&](int i) { return multiplies_in_lanes(*matrices[i]); },
+        [&](int i, int k) {
+            return matrices[k]->decoder == matrices[i]->decoder && matrices[k]->packing == matrices[i]->packing &&
+                   pairs[k] == pairs[i];
+        },
+        [&](int i, auto use) { with_way(*matrices[i], pairs[i], use); },
+        [&](auto way, const hfl_matrix& w, const Geometry& geometry) {
+            return Inputs(way, w, geometry, x, type, m, stride);
+        },
+        [&](int i, int64_t first, int64_t last, void* out) {
+            multiply_decoded(*matrices[i], x, type, m, stride, first, last, out, type);
+        });
     return 0;
 }
 

@@ -15,6 +15,7 @@ struct Kernels {
     int (*selective_scan)(const hfl_scan&, int);
     int (*causal_convolution)(const hfl_convolution&, int);
     void (*rounding_errors)(const hfl_rounding&, int);
+    void (*quantize)(const void*, int, int64_t, int64_t, int64_t, int, int8_t*, float*);
 };
 
 extern const Kernels plain_kernels;

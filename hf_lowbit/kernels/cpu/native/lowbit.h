@@ -53,6 +53,11 @@ HFL_API int hfl_linear_int8(const hfl_matrix* const* matrices, int count, const 
                     int64_t x_groups, int64_t m, int type, void* const* y, int threads);
 HFL_API int hfl_multiplies_int8(const hfl_matrix* matrix);
 
+// Codes -limit..limit [m, columns] of inputs x [m, columns] of `type`, and the scales [m, groups] they are in: the largest
+// magnitude of each token or group of it over `limit` (1..127). Returns 0, or -1 for bad arguments.
+HFL_API int hfl_quantize(const void* x, int type, int64_t m, int64_t columns, int64_t groups, int limit, int8_t* codes,
+                         float* scales);
+
 // Whether hfl_linear decodes this layout in registers; otherwise it decodes a row at a time, several times slower.
 HFL_API int hfl_multiplies_in_registers(const hfl_matrix* matrix);
 
@@ -141,13 +146,15 @@ typedef struct {
     const char* (*exception_what)(void);  // of the thread's last exception; null before torch 2.13
     int64_t most_tokens;  // beyond, products that do not multiply many go to the operator in Python
 } hfl_torch;
-// Implement hf_lowbit::<name> (Tensor x, Tensor[] stored, str specs, int columns) -> Tensor[] for CPU tensors: products
-// of x with packed matrices, of each its codes, scales, zeros and table, what there is of them. `python_operator` has the
-// same arguments and takes what is not known. Returns 0, or -1.
+// Implement hf_lowbit::<name> (Tensor x, Tensor[] stored, str specs, int columns, str activation) -> Tensor for CPU
+// tensors: products of x with packed matrices, of each its codes, scales, zeros and table, what there is of them.
+// `python_operator` has the same arguments and takes what is not known. Returns 0, or -1.
 HFL_API int hfl_register_operator(const hfl_torch* functions, const char* name, const char* python_operator);
 // From now on the operator takes products with these matrices together: their tensors lie there, and `specs` describes
-// them. What a table points to must stay, where it is not among the tensors (has_table).
-HFL_API void hfl_know(const hfl_matrix* const* matrices, const int* has_table, int count, const char* specs);
+// them. What a table points to must stay, where it is not among the tensors (has_table). Inputs become codes of
+// -limit..limit with `groups` scales each first, as `activation` says; or stay as they are, where the limit is 0.
+HFL_API void hfl_know(const hfl_matrix* const* matrices, const int* has_table, int count, const char* specs,
+                      const char* activation, int limit, int64_t groups);
 
 // Reads every byte once on `threads` threads: the bandwidth the products are measured against.
 HFL_API uint64_t hfl_read(const void* data, int64_t bytes, int threads);

@@ -15,14 +15,16 @@ namespace {
 
 constexpr uint64_t interface_version = (uint64_t{2} << 56) | (uint64_t{10} << 48);  // as torch 2.10 has it
 constexpr size_t most_known = 1 << 16;
-enum { X, STORED, SPECS, COLUMNS };  // places of the arguments
+enum { X, STORED, SPECS, COLUMNS, ACTIVATION };  // places of the arguments
 
 hfl_torch torch;
 std::string elsewhere;  // the operator in Python
 int32_t type_codes[3];  // torch's, by hfl_type
 
 struct Known {
-    std::string specs;
+    std::string specs, activation;
+    int limit;       // of the codes that inputs become; 0: they stay as they are
+    int64_t groups;  // with scales of their own, of each input
     std::vector<hfl_matrix> matrices;
     std::vector<bool> has_table;  // among the tensors; others have their format's
 };
@@ -77,14 +79,17 @@ bool has_shape(void* tensor, int64_t rows, int64_t columns) {
 }
 
 // The matrices of the arguments as Python has described them; none: not yet, or they lie differently by now.
-std::vector<hfl_matrix> find(const uint64_t* stack) {
+std::vector<hfl_matrix> find(const uint64_t* stack, int* limit, int64_t* groups) {
     void* list = handle<void*>(stack[STORED]);
     Tensors tensors(list), shapes(list);
     void* first = Tensors(list).next();
     std::shared_lock<std::shared_mutex> lock(guard);
     const auto at = first ? known.find(place(first)) : known.end();
-    if (at == known.end() || !is_text(handle<void*>(stack[SPECS]), at->second.specs)) return {};
+    if (at == known.end() || !is_text(handle<void*>(stack[SPECS]), at->second.specs) ||
+        !is_text(handle<void*>(stack[ACTIVATION]), at->second.activation))
+        return {};
     const Known& found = at->second;
+    *limit = found.limit, *groups = found.groups;
     for (size_t i = 0; i < found.matrices.size(); i++) {
         const hfl_matrix& w = found.matrices[i];
         const bool has_table = found.has_table[i];
@@ -97,6 +102,21 @@ std::vector<hfl_matrix> find(const uint64_t* stack) {
     return tensors.are_all_read() ? found.matrices : std::vector<hfl_matrix>{};
 }
 
+// Products of inputs as they are (limit 0), or of the codes they become. Returns 0, or -1.
+int multiply(const std::vector<const hfl_matrix*>& matrices, const void* x, int type, int64_t tokens, int limit,
+             int64_t groups, void* const* y) {
+    const int count = static_cast<int>(matrices.size());
+    const int64_t columns = matrices[0]->columns;
+    uint32_t threads = 1;
+    torch.get_num_threads(&threads);
+    const auto all = static_cast<int>(threads);
+    if (!limit) return hfl_linear(matrices.data(), count, x, type, tokens, columns, y, all);
+    std::vector<int8_t> codes(static_cast<size_t>(tokens * columns));
+    std::vector<float> scales(static_cast<size_t>(tokens * groups));
+    if (hfl_quantize(x, type, tokens, columns, groups, limit, codes.data(), scales.data())) return -1;
+    return hfl_linear_int8(matrices.data(), count, codes.data(), scales.data(), groups, tokens, type, y, all);
+}
+
 // The products, one after the other in a new tensor; null where Python has to make them.
 void* products(const uint64_t* stack) {
     void* x = handle<void*>(stack[X]);
@@ -105,14 +125,16 @@ void* products(const uint64_t* stack) {
     while (type < 3 && type_codes[type] != code) type++;
     const auto dimensions = static_cast<size_t>(get(torch.get_dim, x));
     if (type == 3 || dimensions < 1 || !is_plain(x)) return nullptr;
-    const std::vector<hfl_matrix> matrices = find(stack);
+    int limit = 0;
+    int64_t groups = 1;
+    const std::vector<hfl_matrix> matrices = find(stack, &limit, &groups);
     const int64_t columns = get(torch.get_sizes, x)[dimensions - 1], elements = get(torch.get_numel, x);
     if (matrices.empty() || columns != matrices[0].columns || !elements) return nullptr;
     const int64_t tokens = elements / columns, one = 1;
     int64_t size = 0;
     std::vector<const hfl_matrix*> pointers;
     for (const hfl_matrix& matrix : matrices) {
-        if (tokens > torch.most_tokens && !hfl_multiplies_many(&matrix, type)) return nullptr;
+        if (tokens > torch.most_tokens && !hfl_multiplies_many(&matrix, limit ? HFL_INT8 : type)) return nullptr;
         pointers.push_back(&matrix);
         size += tokens * matrix.rows;
     }
@@ -124,10 +146,7 @@ void* products(const uint64_t* stack) {
         places.push_back(next);
         next += tokens * matrix.rows * (type == HFL_FLOAT32 ? 4 : 2);
     }
-    uint32_t threads = 1;
-    torch.get_num_threads(&threads);
-    if (hfl_linear(pointers.data(), static_cast<int>(pointers.size()), place(x), type, tokens, columns, places.data(),
-                   static_cast<int>(threads))) {
+    if (multiply(pointers, place(x), type, tokens, limit, groups, places.data())) {
         torch.delete_tensor(result);
         return nullptr;
     }
@@ -140,6 +159,7 @@ void release(const uint64_t* stack) {
     while (void* tensor = stored.next()) torch.delete_tensor(tensor);
     torch.delete_list(handle<void*>(stack[STORED]));
     torch.delete_string(handle<void*>(stack[SPECS]));
+    torch.delete_string(handle<void*>(stack[ACTIVATION]));
 }
 
 // Called by torch's dispatcher: takes the arguments from the stack and puts the result there.
@@ -169,8 +189,9 @@ int hfl_register_operator(const hfl_torch* functions, const char* name, const ch
     return torch.library_impl(library, name, linear_inference, interface_version) ? -1 : 0;
 }
 
-void hfl_know(const hfl_matrix* const* matrices, const int* has_table, int count, const char* specs) {
-    Known now{specs, {}, {}};
+void hfl_know(const hfl_matrix* const* matrices, const int* has_table, int count, const char* specs,
+              const char* activation, int limit, int64_t groups) {
+    Known now{specs, activation, limit, groups, {}, {}};
     for (int i = 0; i < count; i++) {
         now.matrices.push_back(*matrices[i]);
         now.has_table.push_back(has_table[i] != 0);

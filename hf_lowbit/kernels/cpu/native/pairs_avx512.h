@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "float_sums.h"
 #include "floats.h"
 #include "geometry.h"
 #include "unroll.h"
@@ -13,7 +14,7 @@ namespace {
 
 // Of lanes of so many codes: the j-th code of the first half and that of the second make a pair, one above the other in 16
 // bits each.
-template <int codes> struct Pairs {
+template <int codes> struct Pairs : FloatSums {
     using Input = uint16_t;
     static constexpr int steps = codes / 2;
     template <int M> static constexpr int chains = 1;  // processors that have these look far enough ahead

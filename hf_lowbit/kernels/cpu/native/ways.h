@@ -6,18 +6,20 @@
 //   Input: float, or uint16_t for bfloat16 numbers as they are;
 //   arrange(in, j, out): the inputs of the j-th codes of all lanes, from a block's inputs in their own order;
 //   load(words), at<j>(loaded): the j-th values of all lanes;
-//   multiply_add(values, in, sum): values times such inputs, added to a sum of 16 or 8 floats;
+//   Sum, zero(), add(a, b), to_float(sum): 16 or 8 floats, or integers (is_integer; see int8.h);
+//   multiply_add(values, in, sum): values times such inputs, added to a sum;
 //   chains<M>: how many sums for each of M inputs, side by side;
 //   shift(w): what is left to subtract from every value, which products take from the inputs' sums.
 #pragma once
 #include <algorithm>
 
+#include "float_sums.h"
 #include "geometry.h"
 #include "values.h"
 
 namespace {
 
-struct OneFloat {
+struct OneFloat : FloatSums {
     using Input = float;
     // Additions to one sum wait for each other: a few sums side by side keep the multipliers busy.
     template <int M> static constexpr int chains = M == 1 ? std::max(4, 2 * Simd::rows_together) : M <= 4 ? 2 : 1;

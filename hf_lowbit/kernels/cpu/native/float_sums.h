@@ -1,0 +1,15 @@
+// What ways have in common whose values are multiplied and added as floats.
+#pragma once
+#include "unroll.h"
+
+namespace {
+
+struct FloatSums {
+    using Sum = Simd::Float;
+    static constexpr bool is_integer = false, has_input_groups = false;
+    HFL_INLINE static Sum zero() { return Simd::zero(); }
+    HFL_INLINE static Sum add(Sum a, Sum b) { return Simd::add(a, b); }
+    HFL_INLINE static Sum to_float(Sum a) { return a; }
+};
+
+}  // namespace
