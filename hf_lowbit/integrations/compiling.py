@@ -29,8 +29,10 @@ def compile_config(modules_stay: bool = False) -> CompileConfig:
     from transformers import CompileConfig
 
     from hf_lowbit.kernels.joining import JoinProducts
+    from hf_lowbit.kernels.one_query import OnePass, SumOneQuery
 
-    options: dict[str, Any] = {"post_grad_custom_pre_pass": JoinProducts(), "size_asserts": False}
+    passes = OnePass((JoinProducts(), SumOneQuery()))
+    options: dict[str, Any] = {"post_grad_custom_pre_pass": passes, "size_asserts": False}
     if torch.__version__ >= _CPP_SINCE and not torch.cuda.is_available():  # type: ignore[operator]
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}  # the latter compiles in half the time
     if modules_stay:
