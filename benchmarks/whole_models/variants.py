@@ -50,6 +50,7 @@ def _packed(dtype: str = "float32", **fields: Any) -> dict[str, Any]:
 
 INT4 = _packed(bits=4, group_size=64)
 INT4_BFLOAT16 = _packed("bfloat16", bits=4, group_size=64)
+INT4_INT8 = _packed("bfloat16", bits=4, group_size=64, activation_bits=8)
 INT8 = _packed(bits=8, group_size=None)
 
 
@@ -61,11 +62,14 @@ def smollm2() -> list[Variant]:
         "8 bits": INT8,
         "4 bits": INT4,
         "4 bits, bfloat16": INT4_BFLOAT16,
+        "4 bits, int8 activations": INT4_INT8,
         "NF4": _packed(format="nf", bits=4, group_size=64),
         "2 bits": _packed(bits=2, group_size=64),
     }
     rows = [Variant("smollm2", name, "lowbit", options) for name, options in ours.items()]
-    for name, stays in (("bfloat16", False), ("4 bits", False), ("4 bits, bfloat16", False), ("4 bits", True)):
+    once = [(name, False) for name in ("bfloat16", "4 bits", "4 bits, bfloat16")]
+    stay = [(name, True) for name in ("4 bits", "4 bits, bfloat16", "4 bits, int8 activations")]
+    for name, stays in once + stay:
         how, values = ", modules stay" if stays else "", {**ours[name], "compiled": True, "modules_stay": stays}
         rows.append(Variant("smollm2", f"{name}, compiled{how}", "lowbit", values, artefact=name, note="static cache"))
     return rows + peers()
@@ -129,7 +133,10 @@ def llama1b() -> list[Variant]:
     """A Llama of 1B parameters."""
     floats = {dtype: ({"dtype": dtype}, 8) for dtype in ("float32", "bfloat16")}
     packed = {"4 bits": (INT4, 32), "4 bits, bfloat16": (INT4_BFLOAT16, 32)}
-    compiled = {"4 bits, bfloat16, compiled": ({**INT4_BFLOAT16, "compiled": True}, 32)}
+    compiled = {
+        f"{name}, compiled": ({**values, "compiled": True, "modules_stay": True}, 32)
+        for name, values in {"4 bits, bfloat16": INT4_BFLOAT16, "4 bits, int8 activations": INT4_INT8}.items()
+    }
     return [
         Variant(
             "llama1b",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +21,15 @@ def compile_config(modules_stay: bool = False) -> CompileConfig:
     """For ``model.generate(..., cache_implementation="static", compile_config=compile_config())``, on every device.
 
     The step is one graph, in which packed layers that read the same input compute together, as they do in eager mode.
-    Without a GPU the code around its kernels is C++, too.
+    Without a GPU the code around its kernels is C++, too, and attention of the new token is sums in float32.
 
     Args:
         modules_stay: the model's modules stay as they are from the first step on: no adapter is added, switched or
-            removed, and no hook. torch then need not look at each of them before every token, which takes as long as
-            a tenth to a quarter of a small model's step; and a change would not be noticed.
+            removed, and no hook; nor do names of Python's modules come to mean something else (a patched function of
+            transformers, hooks of all modules). torch then need not look at each of them before every token, which
+            takes as long as a tenth to a quarter of a small model's step; and a change would not be noticed. Other
+            arguments, caches and lengths are. Each model has graphs of its own; but where torch.compile has no
+            ``isolate_recompiles``, models of one process share them: compile only one there.
     """
     from transformers import CompileConfig
 
@@ -36,8 +41,18 @@ def compile_config(modules_stay: bool = False) -> CompileConfig:
     if torch.__version__ >= _CPP_SINCE and not torch.cuda.is_available():  # type: ignore[operator]
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}  # the latter compiles in half the time
     if modules_stay:
-        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        options["guard_filter_fn"] = _of_calls
     mode: Any = None  # torch takes a mode or options
     config = CompileConfig(fullgraph=True, mode=mode, options=options)
     compile_everywhere(config)
+    if modules_stay and "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        # What is still looked at does not tell two models apart. transformers passes on what the config has.
+        vars(config)["isolate_recompiles"] = True
     return config
+
+
+def _of_calls(guards: Sequence[Any]) -> list[bool]:
+    """Which guards stay: those of a call's arguments and of torch's state, like whether it records gradients."""
+    modules = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
+    names = torch.compiler.skip_guard_on_globals_unsafe(guards)
+    return [of_module and of_name for of_module, of_name in zip(modules, names, strict=True)]

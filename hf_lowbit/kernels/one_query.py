@@ -41,11 +41,12 @@ class SumOneQuery(CustomGraphPass):
 
 
 def _is_of_one_query(node: Node) -> bool:
-    """Of known sizes, without dropout and causality, and only its result is used, not the logarithms of its sums."""
+    """Of known sizes but for the number of keys, without dropout and causality, and only its result is used, not the
+    logarithms of its sums."""
     query, key, value, dropout, causal, _, _ = _arguments(node)
-    sizes = [size for tensor in (query, key, value) for size in _value(tensor).shape]
+    sizes = [size for tensor in (query, key, value) for at, size in enumerate(_value(tensor).shape) if at != 2]
     return (
-        all(isinstance(size, int) for size in sizes)
+        all(isinstance(size, int) for size in (*sizes, _value(query).shape[2]))
         and _value(query).shape[2] == 1
         and _value(query).dtype in _DTYPES
         and not (dropout or causal)
@@ -79,17 +80,16 @@ def _replace(graph: Graph, node: Node) -> None:
         return call(aten.reshape.default, tensor, [batch, groups, heads // groups, *sizes])
 
     key, value = _before_repeats(call, key, heads), _before_repeats(call, value, heads)
-    count = _value(key).shape[3]
     scaled = call(aten.mul.Tensor, convert(query), width**-0.5 if scale is None else scale)
     products = call(aten.mul.Tensor, of_groups(scaled, key, 1, width), convert(key))
-    scores = call(aten.reshape.default, call(aten.sum.dim_IntList, products, [-1]), [batch, heads, 1, count])
+    scores = call(aten.reshape.default, call(aten.sum.dim_IntList, products, [-1]), [batch, heads, 1, -1])
     if mask is not None:  # numbers: torch has turned one of booleans into them
         scores = call(aten.add.Tensor, scores, convert(mask))
     # The clamps are for a query that sees no key: its result is zeros, as torch has it, where it would be NaN.
     largest = call(aten.clamp_min.default, call(aten.amax.default, scores, [-1], True), torch.finfo(torch.float32).min)
     weights = call(aten.exp.default, call(aten.sub.Tensor, scores, largest))
     total = call(aten.clamp_min.default, call(aten.sum.dim_IntList, weights, [-1], True), 1.0)
-    weights = of_groups(call(aten.div.Tensor, weights, total), value, count, 1)
+    weights = of_groups(call(aten.div.Tensor, weights, total), value, -1, 1)
     sums = call(aten.sum.dim_IntList, call(aten.mul.Tensor, weights, convert(value)), [-2])
     result = convert(call(aten.reshape.default, sums, [batch, heads, 1, _value(value).shape[-1]]), _value(query).dtype)
     for user in list(node.users):

@@ -9,34 +9,63 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lowbit
-from hf_lowbit.kernels import joining
+from hf_lowbit.kernels import joining, one_query
+
+PROMPT = torch.arange(5)[None]
+ARGUMENTS = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> LlamaForCausalLM:
+def checkpoint(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "num_hidden_layers": 1}
-    config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
+    config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, **sizes)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(checkpoint: Path, bits: int = 4) -> LlamaForCausalLM:
     packed: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
-        tmp_path, quantization_config=hf_lowbit.RTNConfig(bits=4, group_size=32, quantize_lm_head=True)
+        checkpoint, quantization_config=hf_lowbit.RTNConfig(bits=bits, group_size=32, quantize_lm_head=True)
     )
     return packed
 
 
-def test_generates_what_eager_layers_do(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generates_what_eager_layers_do(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(checkpoint)
     joined: list[int] = []
-    join = joining._join
+    summed: list[object] = []
+    join, replace = joining._join, one_query._replace
     monkeypatch.setattr(joining, "_join", lambda graph, calls: (joined.append(len(calls)), join(graph, calls)))
+    monkeypatch.setattr(one_query, "_replace", lambda graph, node: (summed.append(node), replace(graph, node)))
     monkeypatch.setattr(joining.JoinProducts, "uuid", lambda self: None)  # graphs in inductor's cache are not traced
-    prompt = torch.arange(5)[None]
-    arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(prompt, **arguments)
+    expected = model.generate(PROMPT, **ARGUMENTS)
     config = hf_lowbit.compile_config()
-    result = model.generate(prompt, cache_implementation="static", compile_config=config, **arguments)
+    result = model.generate(PROMPT, cache_implementation="static", compile_config=config, **ARGUMENTS)
     assert torch.equal(result, expected)
     assert sorted(joined) == [2, 3]
+    assert len(summed) == 1
 
 
-def test_equal_configs_compile_once() -> None:
-    assert hf_lowbit.compile_config() == hf_lowbit.compile_config()
+def test_graphs_of_modules_that_stay_are_their_own(checkpoint: Path) -> None:
+    """Of two models in a process, which what is still looked at does not tell apart."""
+    config = hf_lowbit.compile_config(modules_stay=True)
+    models = [load(checkpoint, bits) for bits in (4, 3)]
+    for model in models * 2:
+        expected = model.generate(PROMPT, **ARGUMENTS)
+        result = model.generate(PROMPT, cache_implementation="static", compile_config=config, **ARGUMENTS)
+        assert torch.equal(result, expected)
+
+
+def test_other_calls_of_modules_that_stay_are_noticed(checkpoint: Path) -> None:
+    model = load(checkpoint)
+    config = hf_lowbit.compile_config(modules_stay=True)
+    arguments = {"cache_implementation": "static", "compile_config": config}
+    for prompt, tokens in ((PROMPT, 6), (PROMPT.repeat(2, 1), 6), (PROMPT, 9), (PROMPT, 6)):  # another cache each time
+        given = {**ARGUMENTS, "attention_mask": torch.ones_like(prompt), "max_new_tokens": tokens}
+        assert torch.equal(model.generate(prompt, **arguments, **given), model.generate(prompt, **given))
+
+
+@pytest.mark.parametrize("modules_stay", [False, True])
+def test_equal_configs_compile_once(modules_stay: bool) -> None:
+    assert hf_lowbit.compile_config(modules_stay) == hf_lowbit.compile_config(modules_stay)

@@ -160,6 +160,33 @@ def test_inductor_takes_the_pass() -> None:
     assert seen.count(ATTENTION) == 1  # before, and not after
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [HEADS, 2])
+def test_takes_any_number_of_keys(groups: int) -> None:
+    """As graphs of caches of several lengths have it."""
+    left: list[int] = []
+
+    class Watched(SumOneQuery):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            super().__call__(graph)
+            left.append(sum(node.target is ATTENTION for node in graph.nodes))
+
+        def uuid(self) -> None:
+            return None  # not from the cache
+
+    torch._dynamo.reset()  # else the groups of the last test are taken for a size that changes, too
+    compiled = torch.compile(attend, fullgraph=True, options={"post_grad_custom_pre_pass": Watched()})
+    q, k, v = inputs(torch.bfloat16, groups=groups)
+    for keys in (KEYS, 5, 8):
+        given = [q, k[:, :, :keys].contiguous(), v[:, :, :keys].contiguous(), torch.randn(1, keys).bfloat16()]
+        if keys == KEYS:
+            for tensor, dim in zip(given[1:], (2, 2, 1), strict=True):
+                torch._dynamo.mark_dynamic(tensor, dim)
+        result, expected = compiled(*given), attend(*(x.float() for x in given)).bfloat16()
+        assert left and not any(left)
+        torch.testing.assert_close(result, expected)
+
+
 def test_equal_options_are_equal() -> None:
     passes = OnePass((JoinProducts(), SumOneQuery()))
     assert passes == copy.deepcopy(passes)

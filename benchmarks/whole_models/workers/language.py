@@ -40,7 +40,6 @@ def decode(model: Any, job: Job, new_tokens: int, **arguments: Any) -> float:
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=0,
         streamer=streamer,
@@ -80,6 +79,7 @@ def measure_language(job: Job, load: Callable[[Job], Any]) -> dict[str, Any]:
         with timed(result, "load_s"):
             model = load(job)
             model.eval()
+        model.generation_config.eos_token_id = None  # the end of text stops nothing, nor is it looked for
         result.update(memory("loaded"))
         if job.options.get("compiled"):
             result.update(compiled_decode(model, job))
