@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers.quantizers.auto  # noqa: F401  its import registers us, which takes all of compat: so it comes first
 
 from hf_lowbit.integrations.compat.transformers import compile_everywhere
 

@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import peft.tuners.lora.model  # noqa: F401  its import registers us, which takes all of compat: so it comes first
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
