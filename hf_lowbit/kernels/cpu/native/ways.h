@@ -3,7 +3,7 @@
 //
 // A way offers
 //   block_words, steps: words of a block, and codes of each of its lanes (which share a scale);
-//   Input: float, or uint16_t for bfloat16 numbers as they are;
+//   Input: float, uint16_t for bfloat16 numbers as they are, or int8_t for codes;
 //   arrange(in, j, out): the inputs of the j-th codes of all lanes, from a block's inputs in their own order;
 //   load(words), at<j>(loaded): the j-th values of all lanes;
 //   Sum, zero(), add(a, b), to_float(sum): 16 or 8 floats, or integers (is_integer; see int8.h);
