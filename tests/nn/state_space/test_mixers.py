@@ -157,8 +157,10 @@ def test_padding_changes_no_state(name: str) -> None:
     mask[0, :4] = 0
     cache, alone = cache_of(name), cache_of(name)
     y = mixer(x, cache_params=cache, attention_mask=mask)
-    assert torch.equal(y[0, 4:], mixer(x[:1, 4:], cache_params=alone)[0])
-    assert torch.equal(cache.get_recurrent_state(0)[:1], alone.get_recurrent_state(0))
+    assert relative(y[0, 4:], mixer(x[:1, 4:], cache_params=alone)[0]) < 1e-4  # more tokens are summed in another order
+    states, expected = cache.get_recurrent_state(0)[:1].int(), alone.get_recurrent_state(0).int()
+    assert (states - expected).abs().max() <= 1 and (states != expected).float().mean() < 0.01
+    assert (states - cache.get_recurrent_state(0)[1:].int()).abs().max() > 10, "a comparison that tells states apart"
 
 
 @pytest.mark.parametrize("name", NAMES)
