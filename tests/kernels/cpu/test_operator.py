@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,9 @@ def operator(x: Tensor, matrices: Sequence[PackedTensor], activation: Activation
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 
+KEPT: list[Any] = []  # what the operator knows by its address, which no other test's matrices may get
+
+
 def of_python(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts of matrices in products that came to Python from now on."""
     calls: list[int] = []
@@ -50,6 +54,7 @@ def of_python(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_comes_to_python_once_and_is_the_same(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = of_python(monkeypatch)
     matrices = [random_packed(rows, 96, group_size=32, **FORMATS[name]) for rows in (24, 7)]
+    KEPT.append(matrices)
     for tokens in (1, 3):
         x = torch.randn(tokens, 1, 96, generator=torch.Generator().manual_seed(tokens)).to(dtype)
         for _ in range(2):
@@ -70,6 +75,7 @@ def test_quantizes_inputs_as_python_does(
 ) -> None:
     calls, activation = of_python(monkeypatch), ActivationSpec("int", bits, group_size=activation_group)
     matrices = [random_packed(rows, 96, group_size=32, **FORMATS[name]) for rows in (24, 7)]
+    KEPT.append(matrices)
     for tokens in (1, 5):
         x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(tokens)).to(dtype)
         x[-1, 40:60] *= 30

@@ -17,6 +17,9 @@ inline bool is_finite(const hfl_matrix& w) {
     return std::all_of(w.table, w.table + (1 << w.bits), [](float value) { return std::isfinite(value); });
 }
 
+constexpr int tile_rows = 16;
+constexpr int64_t words_ahead = 2048;  // of codes, at least: memory takes as long to answer
+
 // Rows of y = x w^T for the inputs m0..m0+M, in tiles of sixteen. A few rows go together: they share inputs in registers,
 // and memory is read in several places at once. Where the inputs do not fit into the first-level cache, a tile shares a
 // stretch of them while it is there.
@@ -34,7 +37,7 @@ template <class Way, int M> class TileProduct {
     using Float = Simd::Float;
     using Sum = typename Way::Sum;
     using Loaded = decltype(std::declval<const Way&>().load(nullptr));
-    static constexpr int rows = 16;  // of a tile
+    static constexpr int rows = tile_rows;
     static constexpr bool is_small = sizeof(Loaded) <= 3 * sizeof(Float);  // else they do not fit into registers
     static constexpr int rows_together = M == 1 && is_small ? Simd::rows_together : 1;
     static constexpr int block = Way::steps * Simd::lanes;  // of inputs, or pairs of them
@@ -97,8 +100,8 @@ template <class Way, int M> class TileProduct {
         constexpr int chains = std::max(1, Way::template chains<M> / R), sums = R * M;
         const float* inputs = x_.values.data() + m0_ * x_.stride + first * block * M;
         const int32_t *groups = geometry_.first.data(), *lanes = geometry_.lane.data();
-        const bool goes_on = R == 1 && geometry_.blocks <= stretch;  // along a row; else the next rows follow
-        const int64_t ahead = goes_on ? 512 : R * row_words;
+        // Rows that come next, in the order in which they lie, which memory answers fastest.
+        const uint32_t* next = words + ((words_ahead - 1) / (R * row_words) + 1) * R * row_words;
         const Way way = way_;  // in registers
         const float* scale[R];
         Float total[sums];
@@ -113,8 +116,8 @@ template <class Way, int M> class TileProduct {
         for (int k = sums; k < sums * chains; k++) sum[k] = Way::zero();
         const int32_t* starts = x_.starts_of(m0_, M, first);
         for (int64_t b = first; b < last; b++, words += Way::block_words, inputs += block * M) {
-            for (int r = 0; r < R; r++)
-                for (int k = 0; k < Way::block_words; k += 16) __builtin_prefetch(words + r * row_words + ahead + k);
+            for (int k = 0; k < R * Way::block_words; k += 16) __builtin_prefetch(next + k);
+            next += R * Way::block_words;
             if constexpr (scaling == per_row) {
                 add_block<R, chains>(way, words, row_words, inputs, sum);
                 continue;
@@ -271,7 +274,7 @@ void multiply_matrices(const hfl_matrix* const* matrices, int count, void* const
             prepared[i] = std::make_shared<Prepared>(Prepared{std::move(geometry), std::move(inputs)});
         });
     }
-    share_rows(matrices, count, threads, 1, [&](int i, int64_t first, int64_t last) {
+    share_rows(matrices, count, threads, tile_rows, [&](int i, int64_t first, int64_t last) {
         if (!prepared[i]) return other(i, first, last, y[i]);
         with_way(i, [&](auto way) {
             using Way = typename decltype(way)::type;

@@ -7,11 +7,11 @@
 
 namespace {
 
-// Calls work(matrix index, first row, last row) for all matrices on all threads: runs of at most eight pieces, each of
-// about 32 kB of codes and a multiple of `step` rows.
+// Calls work(matrix index, first row, last row) for all matrices on all threads: runs of at most about 256 kB of codes, of
+// pieces of 8 kB or more, each a multiple of `step` rows.
 template <class Work>
 void share_rows(const hfl_matrix* const* matrices, int count, int threads, int64_t step, Work work) {
-    auto piece_rows = [&](const hfl_matrix& w) { return (8191 / w.words / step + 1) * step; };
+    auto piece_rows = [&](const hfl_matrix& w) { return (2047 / w.words / step + 1) * step; };
     std::vector<int64_t> ends(static_cast<size_t>(count));
     int64_t pieces = 0, words = 0;
     for (int i = 0; i < count; i++) {
@@ -28,7 +28,7 @@ void share_rows(const hfl_matrix* const* matrices, int count, int threads, int64
             work(i, (first - begin) * rows, std::min(matrices[i]->rows, (end - begin) * rows));
         }
     };
-    share_runs(pieces, 8, threads, run);
+    share_runs(pieces, std::max<int64_t>(1, pieces * 65536 / words), threads, run);
 }
 
 }  // namespace
