@@ -50,7 +50,11 @@ def _packed(dtype: str = "float32", **fields: Any) -> dict[str, Any]:
 
 INT4 = _packed(bits=4, group_size=64)
 INT4_BFLOAT16 = _packed("bfloat16", bits=4, group_size=64)
-INT4_INT8 = _packed("bfloat16", bits=4, group_size=64, activation_bits=8)
+INT4__BYTES = {"format": "int", "bits": 8, "group_size": 32}  # as llama.cpp's Q8_0
+INT4_BYTE_HEAD = _packed(
+    "bfloat16", bits=4, group_size=64, overrides={name: _BYTES for name in ("embed_tokens", "lm_head")}
+)
+INT8 = _packed("bfloat16", bits=4, group_size=64, activation_bits=8)
 INT8 = _packed(bits=8, group_size=None)
 
 
@@ -63,12 +67,15 @@ def smollm2() -> list[Variant]:
         "4 bits": INT4,
         "4 bits, bfloat16": INT4_BFLOAT16,
         "4 bits, int8 activations": INT4_INT8,
+        "4 bits, head in 8 bits": INT4_BYTE_HEAD,
         "NF4": _packed(format="nf", bits=4, group_size=64),
         "2 bits": _packed(bits=2, group_size=64),
     }
     rows = [Variant("smollm2", name, "lowbit", options) for name, options in ours.items()]
     once = [(name, False) for name in ("bfloat16", "4 bits", "4 bits, bfloat16")]
-    stay = [(name, True) for name in ("4 bits", "4 bits, bfloat16", "4 bits, int8 activations")]
+    stay = [
+        (name, True) for name in ("4 bits", "4 bits, bfloat16", "4 bits, int8 activations", "4 bits, head in 8 bits")
+    ]
     for name, stays in once + stay:
         how, values = ", modules stay" if stays else "", {**ours[name], "compiled": True, "modules_stay": stays}
         rows.append(Variant("smollm2", f"{name}, compiled{how}", "lowbit", values, artefact=name, note="static cache"))

@@ -112,6 +112,11 @@ class ActivationSpec:
         return self.shift or (not self.symmetric and (self.static or self.bits == 8))
 
     @property
+    def brings_scales(self) -> bool:
+        """Whether inputs become symmetric integers with scales that are made as they come: none are stored."""
+        return self.format == "int" and self.symmetric and not self.static
+
+    @property
     def floating_point(self) -> FloatingPoint | None:
         """The small floating-point format, where it is one; the usual one of its width while it is open."""
         return floating_point(USUAL_SPLIT[self.bits] if self.is_open else str(self.format))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers.quantizers.auto  # noqa: F401  its import registers us, which takes all of compat: so it comes first
+from torch import nn
 
 from hf_lowbit.integrations.compat.transformers import compile_everywhere
+from hf_lowbit.nn import keep_matrices
 
 if TYPE_CHECKING:
     from transformers import CompileConfig
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 _CPP_SINCE = (2, 13)  # the first torch that was tried: its C++ calls our operators without Python
 
 
-def compile_config(modules_stay: bool = False) -> CompileConfig:
+def compile_config(modules_stay: bool | nn.Module = False) -> CompileConfig:
     """For ``model.generate(..., cache_implementation="static", compile_config=compile_config())``, on every device.
 
     The step is one graph, in which packed layers that read the same input compute together, as they do in eager mode.
@@ -30,23 +32,28 @@ def compile_config(modules_stay: bool = False) -> CompileConfig:
             transformers, hooks of all modules). torch then need not look at each of them before every token, which
             takes as long as a tenth to a quarter of a small model's step; and a change would not be noticed. Other
             arguments, caches and lengths are. Each model has graphs of its own; but where torch.compile has no
-            ``isolate_recompiles``, models of one process share them: compile only one there.
+            ``isolate_recompiles``, models of one process share them: compile only one there. Instead of True, the
+            model itself: then what its packed linear layers on a CPU store stays, too, and is no longer handed over
+            before every token. Graphs that are compiled from now on go on with it if it is moved or replaced.
     """
     from transformers import CompileConfig
 
+    from hf_lowbit.kernels.angles import ComputeAnglesOnce
     from hf_lowbit.kernels.joining import JoinProducts
     from hf_lowbit.kernels.one_query import OnePass, SumOneQuery
 
-    passes = OnePass((JoinProducts(), SumOneQuery()))
+    passes = OnePass((JoinProducts(), SumOneQuery(), ComputeAnglesOnce()))
     options: dict[str, Any] = {"post_grad_custom_pre_pass": passes, "size_asserts": False}
     if torch.__version__ >= _CPP_SINCE and not torch.cuda.is_available():  # type: ignore[operator]
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}  # the latter compiles in half the time
-    if modules_stay:
+    if isinstance(modules_stay, nn.Module):
+        keep_matrices(modules_stay)
+    if modules_stay is not False:
         options["guard_filter_fn"] = _of_calls
     mode: Any = None  # torch takes a mode or options
     config = CompileConfig(fullgraph=True, mode=mode, options=options)
     compile_everywhere(config)
-    if modules_stay and "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+    if modules_stay is not False and "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         # What is still looked at does not tell two models apart. transformers passes on what the config has.
         vars(config)["isolate_recompiles"] = True
     return config

@@ -4,6 +4,7 @@ from hf_lowbit.kernels.activation import Codes, quantize_tokens, restore_tokens
 from hf_lowbit.kernels.decoding import decode_matrix, look_up_rows
 from hf_lowbit.kernels.eager import is_eager, is_untouched
 from hf_lowbit.kernels.grid_errors import rounding_errors
+from hf_lowbit.kernels.kept import KeptMatrix, kept_product
 from hf_lowbit.kernels.known import MOST_TOKENS, Product, known_products
 from hf_lowbit.kernels.linear import packed_linear, packed_linears
 from hf_lowbit.kernels.operand import Operand, quantize_codes
@@ -18,6 +19,7 @@ __all__ = [
     "MOST_TOKENS",
     "NATIVE_TOKENS",
     "Codes",
+    "KeptMatrix",
     "Operand",
     "Product",
     "Scanned",
@@ -27,6 +29,7 @@ __all__ = [
     "decode_matrix",
     "is_eager",
     "is_untouched",
+    "kept_product",
     "kernel_of",
     "known_products",
     "look_up_rows",

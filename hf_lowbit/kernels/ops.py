@@ -1,23 +1,18 @@
-"""The products as torch custom operators: what torch.compile and torch.export see instead of their insides.
-
-A specification travels as JSON, because operators take plain arguments only; with single quotes, because inductor
-writes texts into C++ without escaping double ones.
-"""
+"""The products as torch custom operators: what torch.compile and torch.export see instead of their insides."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec
+from hf_lowbit.formats import ActivationSpec, PackedTensor
 from hf_lowbit.formats.packed import with_plain_scales
 from hf_lowbit.kernels import cpu, products
+from hf_lowbit.kernels.described import read_activation, read_weight, read_weights, told
 from hf_lowbit.kernels.routes import NATIVE_TOKENS_FAST_TYPE
 
 _PACKED = "Tensor weight, Tensor scale, Tensor? zero_point, Tensor? table, str spec, int columns"
@@ -45,10 +40,10 @@ def packed_linear(
     sums: Tensor | None = None,
 ) -> Tensor:
     """:func:`hf_lowbit.kernels.packed_linear` as an operator."""
-    if backend is None and torch.compiler.is_compiling() and not torch.is_grad_enabled() and _brings_scales(activation):
+    if backend is None and torch.compiler.is_compiling() and not torch.is_grad_enabled() and brings_scales(activation):
         return inference_product(x, packed, activation)
-    told = None if activation is None else _told(activation)
-    inputs = told, input_scale, input_shift, sums
+    text = None if activation is None else told(activation)
+    inputs = text, input_scale, input_shift, sums
     result: Tensor = torch.ops.hf_lowbit.linear(x, *_arguments(packed), *inputs, backend)
     return result
 
@@ -56,8 +51,8 @@ def packed_linear(
 def inference_product(x: Tensor, packed: PackedTensor, activation: ActivationSpec | None = None) -> Tensor:
     """The same where no gradient is needed and inputs bring their scales: graphs can join such products."""
     packed = with_plain_scales(packed)
-    specs, told = f"[{_told(packed.spec)}]", "" if activation is None else _told(activation)
-    result: Tensor = torch.ops.hf_lowbit.products(x, _stored(packed), specs, packed.columns, told)
+    specs, inputs = f"[{told(packed.spec)}]", "" if activation is None else told(activation)
+    result: Tensor = torch.ops.hf_lowbit.products(x, _stored(packed), specs, packed.columns, inputs)
     return result.view(*x.shape[:-1], packed.weight.shape[0])
 
 
@@ -73,9 +68,9 @@ def look_up_rows(packed: PackedTensor, index: Tensor, dtype: torch.dtype, backen
     return result
 
 
-def _brings_scales(activation: ActivationSpec | None) -> bool:
-    """Whether inputs stay as they are, or become integers with scales that are made as they come."""
-    return activation is None or (activation.format == "int" and activation.symmetric and not activation.static)
+def brings_scales(activation: ActivationSpec | None) -> bool:
+    """Whether inputs stay as they are, or become integers that bring their scales."""
+    return activation is None or activation.brings_scales
 
 
 def _stored(packed: PackedTensor) -> list[Tensor]:
@@ -86,7 +81,7 @@ def _stored(packed: PackedTensor) -> list[Tensor]:
 def _matrices(stored: Sequence[Tensor], specs: str, columns: int) -> list[PackedTensor]:
     """From the tensors of several matrices, and their specs as a list in JSON."""
     parts, matrices = iter(stored), []
-    for spec in _weight_specs(specs):
+    for spec in read_weights(specs):
         weight, scale = next(parts), next(parts)
         zero_point = None if spec.symmetric else next(parts)
         matrices.append(
@@ -97,54 +92,29 @@ def _matrices(stored: Sequence[Tensor], specs: str, columns: int) -> list[Packed
 
 def _arguments(packed: PackedTensor) -> tuple[Any, ...]:
     packed = with_plain_scales(packed)  # traced code: operators see plain scales only
-    return packed.weight, packed.scale, packed.zero_point, packed.table, _told(packed.spec), packed.columns
-
-
-def _told(spec: WeightSpec | ActivationSpec) -> str:
-    return spec.json.replace('"', "'")
-
-
-def _read(text: str) -> Any:
-    return json.loads(text.replace("'", '"'))
-
-
-@lru_cache(maxsize=1024)
-def _weight_spec(text: str) -> WeightSpec:
-    return WeightSpec.from_dict(_read(text))
-
-
-@lru_cache(maxsize=1024)
-def _weight_specs(text: str) -> list[WeightSpec]:
-    return [WeightSpec.from_dict(values) for values in _read(text)]
-
-
-@lru_cache(maxsize=1024)
-def _activation_spec(text: str) -> ActivationSpec:
-    return ActivationSpec.from_dict(_read(text))
+    return packed.weight, packed.scale, packed.zero_point, packed.table, told(packed.spec), packed.columns
 
 
 def _packed(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None, spec: str, columns: int
 ) -> PackedTensor:
-    return PackedTensor(weight, scale, _weight_spec(spec), columns, zero_point, table)
+    return PackedTensor(weight, scale, read_weight(spec), columns, zero_point, table)
 
 
 @torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
     *packed, activation, input_scale, input_shift, sums, backend = arguments
-    spec = None if activation is None else _activation_spec(activation)
+    spec = None if activation is None else read_activation(activation)
     return products.product(x, _packed(*packed), spec, backend, input_scale, input_shift, sums)
 
 
 @torch.library.impl(_library, "products", "CompositeExplicitAutograd")
 @torch.library.impl(_library, "products_of_python", "CompositeExplicitAutograd")
-def _products(x: Tensor, stored: list[Tensor], specs: str, columns: int, told: str) -> Tensor:
-    matrices, activation = _matrices(stored, specs, columns), _activation_spec(told) if told else None
+def _products(x: Tensor, stored: list[Tensor], specs: str, columns: int, activation: str) -> Tensor:
+    matrices, spec = _matrices(stored, specs, columns), read_activation(activation)
     if x.device.type == "cpu":
-        python_operator = "hf_lowbit::products_of_python"
-        cpu.serve("products", python_operator, matrices, specs, NATIVE_TOKENS_FAST_TYPE, told, activation)
-    results = [result.reshape(-1) for result in products.products(x, matrices, activation, None)]
-    return results[0] if len(results) == 1 else torch.cat(results)
+        cpu.serve(matrices, spec, cpu.Described(specs=specs, activation=activation), NATIVE_TOKENS_FAST_TYPE)
+    return products.flat_products(x, matrices, spec)
 
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
@@ -172,7 +142,7 @@ def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 @torch.library.register_fake("hf_lowbit::products", lib=_library)
 @torch.library.register_fake("hf_lowbit::products_of_python", lib=_library)
-def _products_fake(x: Tensor, stored: list[Tensor], specs: str, columns: int, told: str) -> Tensor:
+def _products_fake(x: Tensor, stored: list[Tensor], specs: str, columns: int, activation: str) -> Tensor:
     rows = sum(packed.weight.shape[0] for packed in _matrices(stored, specs, columns))
     return x.new_empty(math.prod(x.shape[:-1]) * rows)
 

@@ -79,6 +79,12 @@ def products(
     return [result.reshape(*leading, result.shape[-1]) for result in results]
 
 
+def flat_products(x: Tensor, weights: Sequence[PackedTensor], activation: ActivationSpec | None) -> Tensor:
+    """:func:`products` one after the other, flat."""
+    results = [result.reshape(-1) for result in products(x, weights, activation, None)]
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
 def products_of_codes(
     inputs: Codes,
     weights: Sequence[PackedTensor],

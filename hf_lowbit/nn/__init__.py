@@ -13,6 +13,7 @@ from hf_lowbit.nn.exact import (
     register_exact,
 )
 from hf_lowbit.nn.experts import PackedExperts
+from hf_lowbit.nn.kept import keep_matrices
 from hf_lowbit.nn.kinds import KINDS, kind_of, refusal_of, register_kind
 from hf_lowbit.nn.linear import PackedConv1D, PackedLinear
 from hf_lowbit.nn.siblings import connect_siblings, disconnect_siblings
@@ -62,6 +63,7 @@ __all__ = [
     "connect_siblings",
     "disconnect_siblings",
     "keep_columns",
+    "keep_matrices",
     "keep_weights",
     "kind_of",
     "mixer_kind",

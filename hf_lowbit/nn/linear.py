@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_lowbit.kernels import KeptMatrix, kept_product
 from hf_lowbit.nn.base import PackedModule, expect, frozen
 from hf_lowbit.nn.constant_token import CONSTANT_INPUT, CONSTANT_OUTPUT, constant_companions, outputs_of_tokens
 from hf_lowbit.nn.last_product import LastProduct, last_product
@@ -27,6 +28,7 @@ class PackedLinear(PackedModule, nn.Linear):
 
     Attributes:
         siblings: the layers it computes together with, if any (see :mod:`hf_lowbit.nn.siblings`).
+        kept: what graphs that are compiled from now on know its codes by, if they stay (see :func:`keep_matrices`).
     """
 
     kind = "linear"
@@ -34,6 +36,7 @@ class PackedLinear(PackedModule, nn.Linear):
     takes_exact = True
     takes_constant_token = True
     siblings: Siblings | None = None
+    kept: KeptMatrix | None = None
     _last: LastProduct | None = None
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec) -> None:
@@ -114,6 +117,8 @@ class PackedLinear(PackedModule, nn.Linear):
     def coded_product(self, x: Tensor) -> Tensor:
         """Of the codes with what they read of the transformed input."""
         if torch.compiler.is_compiling():
+            if self.kept is not None and not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
+                return kept_product(x, self.kept, self.layer_spec.activation)
             return self.multiply(x, self.packed())
         known = None if self._last is None else self._last.of((self,), x)
         if known is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,23 +48,47 @@ def test_generates_what_eager_layers_do(checkpoint: Path, monkeypatch: pytest.Mo
     assert len(summed) == 1
 
 
-def test_graphs_of_modules_that_stay_are_their_own(checkpoint: Path) -> None:
+@pytest.mark.parametrize("is_told_the_model", [False, True])
+def test_graphs_of_modules_that_stay_are_their_own(checkpoint: Path, is_told_the_model: bool) -> None:
     """Of two models in a process, which what is still looked at does not tell apart."""
-    config = hf_lowbit.compile_config(modules_stay=True)
     models = [load(checkpoint, bits) for bits in (4, 3)]
     for model in models * 2:
         expected = model.generate(PROMPT, **ARGUMENTS)
-        result = model.generate(PROMPT, cache_implementation="static", compile_config=config, **ARGUMENTS)
-        assert torch.equal(result, expected)
+        assert torch.equal(model.generate(PROMPT, **staying(model, is_told_the_model), **ARGUMENTS), expected)
 
 
-def test_other_calls_of_modules_that_stay_are_noticed(checkpoint: Path) -> None:
+@pytest.mark.parametrize("is_told_the_model", [False, True])
+def test_other_calls_of_modules_that_stay_are_noticed(checkpoint: Path, is_told_the_model: bool) -> None:
     model = load(checkpoint)
-    config = hf_lowbit.compile_config(modules_stay=True)
-    arguments = {"cache_implementation": "static", "compile_config": config}
+    arguments = staying(model, is_told_the_model)
     for prompt, tokens in ((PROMPT, 6), (PROMPT.repeat(2, 1), 6), (PROMPT, 9), (PROMPT, 6)):  # another cache each time
         given = {**ARGUMENTS, "attention_mask": torch.ones_like(prompt), "max_new_tokens": tokens}
         assert torch.equal(model.generate(prompt, **arguments, **given), model.generate(prompt, **given))
+
+
+@pytest.mark.parametrize("is_told_the_model", [False, True])
+def test_modules_that_stay_have_adapters_and_sample(checkpoint: Path, is_told_the_model: bool) -> None:
+    """An adapter that is there before the first step is in the graph."""
+    peft = pytest.importorskip("peft")
+    base = load(checkpoint)
+    without = base.generate(PROMPT, **ARGUMENTS)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_alpha=64)
+    model = peft.get_peft_model(base, config).eval()
+    expected = model.generate(input_ids=PROMPT, **ARGUMENTS)
+    assert not torch.equal(expected, without)
+    arguments = staying(base, is_told_the_model)
+    assert torch.equal(model.generate(input_ids=PROMPT, **arguments, **ARGUMENTS), expected)
+    sampled = []
+    for given in ({}, arguments):
+        torch.manual_seed(2)
+        sampled.append(model.generate(input_ids=PROMPT, **given, **{**ARGUMENTS, "do_sample": True}))
+    assert torch.equal(*sampled)
+
+
+def staying(model: LlamaForCausalLM, is_told_the_model: bool) -> dict[str, Any]:
+    config = hf_lowbit.compile_config(modules_stay=model if is_told_the_model else True)
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 @pytest.mark.parametrize("modules_stay", [False, True])

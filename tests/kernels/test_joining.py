@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec
 from hf_lowbit.kernels.joining import JoinProducts
+from hf_lowbit.kernels.kept import KEPT_PRODUCTS, KeptMatrix, kept_product
 from hf_lowbit.kernels.ops import PRODUCTS, inference_product
 from hf_lowbit.rounding import round_to_nearest
 
@@ -36,6 +37,18 @@ class Projections(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         results = [inference_product(x, weight) for weight in self.weights]
         return [*results, inference_product(x.relu(), self.weights[-1])]
+
+
+class KeptProjections(torch.nn.Module):
+    """The same of matrices that are kept."""
+
+    def __init__(self, weights: list[PackedTensor]) -> None:
+        super().__init__()
+        self.weights = [KeptMatrix(packed) for packed in weights]
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        results = [kept_product(x, weight, None) for weight in self.weights]
+        return [*results, kept_product(x.relu(), self.weights[-1], None)]
 
 
 @torch.no_grad()
@@ -74,13 +87,32 @@ def test_products_are_joined_with_those_of_the_same_activation(weights: list[Pac
 
 
 @torch.no_grad()
-def test_inductor_takes_the_pass(weights: list[PackedTensor]) -> None:
-    x, model, calls = torch.randn(1, 64), Projections(weights), []
+def test_kept_matrices_are_joined_among_themselves(weights: list[PackedTensor]) -> None:
+    kept = [KeptMatrix(packed) for packed in weights]
+
+    def model(x: torch.Tensor) -> list[torch.Tensor]:
+        return [inference_product(x, weights[0]), *(kept_product(x, matrix, None) for matrix in kept)]
+
+    x = torch.randn(1, 64)
+    module = make_fx(model, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+    JoinProducts()(module.graph)
+    module.graph.lint()
+    module.recompile()
+    (call,) = (node for node in module.graph.nodes if node.target is KEPT_PRODUCTS)
+    assert call.args[1:] == ([matrix.number for matrix in kept], sum(matrix.rows for matrix in kept), "")
+    for result, expected in zip(module(x), model(x), strict=True):
+        assert torch.equal(result, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_inductor_takes_the_pass(weights: list[PackedTensor], is_kept: bool) -> None:
+    x, model, calls = torch.randn(1, 64), KeptProjections(weights) if is_kept else Projections(weights), []
 
     class Counted(JoinProducts):
         def __call__(self, graph: torch.fx.Graph) -> None:
             super().__call__(graph)
-            calls.extend(node for node in graph.nodes if node.target is PRODUCTS)
+            calls.extend(node for node in graph.nodes if node.target in (PRODUCTS, KEPT_PRODUCTS))
 
         def uuid(self) -> None:
             return None  # not from the cache

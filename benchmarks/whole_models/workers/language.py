@@ -99,7 +99,7 @@ def compiled_decode(model: Any, job: Job) -> dict[str, float]:
     """
     from hf_lowbit import compile_config
 
-    config = compile_config(modules_stay=job.options.get("modules_stay", False))
+    config = compile_config(modules_stay=model if job.options.get("modules_stay") else False)
     arguments = {"cache_implementation": "static", "compile_config": config}
     times: dict[str, float] = {}
     with timed(times, "first"):

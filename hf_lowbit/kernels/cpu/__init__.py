@@ -9,7 +9,7 @@ from hf_lowbit.kernels.cpu.library import (
     use_instruction_set,
 )
 from hf_lowbit.kernels.cpu.matrix import Matrix, describe
-from hf_lowbit.kernels.cpu.operator import serve
+from hf_lowbit.kernels.cpu.operator import Described, forget, serve
 from hf_lowbit.kernels.cpu.prepared import prepare
 from hf_lowbit.kernels.cpu.products import (
     FLOAT_TYPES,
@@ -27,11 +27,13 @@ from hf_lowbit.kernels.cpu.state_space import causal_convolution, selective_scan
 __all__ = [
     "FLOAT_TYPES",
     "VALUE_TYPES",
+    "Described",
     "Matrix",
     "available",
     "causal_convolution",
     "decode_rows",
     "describe",
+    "forget",
     "instruction_set",
     "instruction_sets",
     "linear",

@@ -31,8 +31,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "hfl_selective_scan": (_INT, ctypes.c_char_p, _INT),
     "hfl_causal_convolution": (_INT, ctypes.c_char_p, _INT),
     "hfl_rounding_errors": (_INT, ctypes.c_char_p, _INT),
-    "hfl_register_operator": (_INT, _POINTER, ctypes.c_char_p, ctypes.c_char_p),
-    "hfl_know": (None, _POINTER, _POINTER, _INT, ctypes.c_char_p, ctypes.c_char_p, _INT, _LONG),
+    "hfl_register_operators": (_INT, _POINTER),
+    "hfl_know": (None, _POINTER, _POINTER, _INT, ctypes.c_char_p, _POINTER, ctypes.c_char_p, _INT, _LONG),
+    "hfl_forget": (None, _LONG),
     "hfl_read": (ctypes.c_uint64, _POINTER, _LONG, _INT),
 }
 

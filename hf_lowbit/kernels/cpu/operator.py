@@ -1,13 +1,14 @@
-"""An operator of compiled graphs served natively: Python around the product of one token takes longer than the product.
+"""Operators of compiled graphs served natively: Python around the product of one token takes longer than the product.
 
-The native library implements it with torch's stable C interface, whose functions it is given by address. It takes what
-Python has described to it once; the rest goes to an operator in Python.
+The native library implements them with torch's stable C interface, whose functions it is given by address. It takes
+what Python has described to it once; the rest goes to operators in Python.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,32 +38,37 @@ class _TorchStruct(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in (*_FUNCTIONS, _WHAT)] + [("most_tokens", ctypes.c_int64)]
 
 
+@dataclass(frozen=True)
+class Described:
+    """What an operator's arguments say of matrices that are multiplied together.
+
+    Attributes:
+        specs: a text that describes them, of ``hf_lowbit::products``.
+        numbers: of matrices that are kept, of ``hf_lowbit::kept_products``.
+        activation: a text that describes what inputs become first; empty: they stay as they are.
+    """
+
+    specs: str = ""
+    numbers: tuple[int, ...] = ()
+    activation: str = ""
+
+
 def serve(
-    name: str,
-    python_operator: str,
-    matrices: Sequence[PackedTensor],
-    specs: str,
-    most_tokens: int,
-    told: str = "",
-    activation: ActivationSpec | None = None,
+    matrices: Sequence[PackedTensor], activation: ActivationSpec | None, arguments: Described, most_tokens: int
 ) -> bool:
-    """Have ``hf_lowbit::<name>`` computed natively for CPU inputs and these matrices together from now on.
+    """Have the operator computed natively for CPU inputs and these matrices together from now on.
 
     Args:
-        name: an operator (x, stored tensors of the matrices, specs, columns, activation) that gives their products
-            with x, flat, one after the other.
-        python_operator: full name of the operator with the same arguments that takes everything else.
-        specs: the text that describes the matrices among the arguments.
+        activation: what inputs become first: symmetric integers with scales of their own.
+        arguments: how the operator is told of them.
         most_tokens: for more, native products are those that decode once for many.
-        told: the text that describes the activation among the arguments.
-        activation: what x becomes first: symmetric integers with scales of its own.
 
     Returns:
         False where this torch or the native library cannot, matrices do not lie as kernels read them, or their
         integers have other groups than the inputs'.
     """
     library = load()
-    if library is None or not _register(name, python_operator, most_tokens):
+    if library is None or not _register(most_tokens):
         return False
     described = [matrix for packed in matrices if (matrix := describe(packed)) is not None]
     if len(described) < len(matrices):
@@ -76,14 +82,23 @@ def serve(
     for matrix, has in zip(described, has_table, strict=True):
         if not has:
             _tables[matrix.table.data_ptr()] = matrix.table
-    addresses = (ctypes.c_void_p * len(described))(*(matrix.address for matrix in described))
-    tables = (ctypes.c_int * len(described))(*has_table)
-    library.hfl_know(addresses, tables, len(described), specs.encode(), told.encode(), limit, groups)
+    count = len(described)
+    addresses = (ctypes.c_void_p * count)(*(matrix.address for matrix in described))
+    numbers = (ctypes.c_int64 * count)(*arguments.numbers) if arguments.numbers else None
+    texts = arguments.specs.encode(), numbers, arguments.activation.encode()
+    library.hfl_know(addresses, (ctypes.c_int * count)(*has_table), count, *texts, limit, groups)
     return True
 
 
+def forget(number: int) -> None:
+    """Matrices that were kept by this number, alone or with others, may go."""
+    library = load()
+    if library is not None:
+        library.hfl_forget(number)
+
+
 @cache
-def _register(name: str, python_operator: str, most_tokens: int) -> bool:
+def _register(most_tokens: int) -> bool:
     library, torch_library = load(), _torch_library()
     if library is None or torch_library is None:
         return False
@@ -93,7 +108,7 @@ def _register(name: str, python_operator: str, most_tokens: int) -> bool:
         return False
     what = getattr(torch_library, _WHAT, None)
     functions = _TorchStruct(*addresses, None if what is None else _address(what), most_tokens)
-    status: int = library.hfl_register_operator(ctypes.byref(functions), name.encode(), python_operator.encode())
+    status: int = library.hfl_register_operators(ctypes.byref(functions))
     return status == 0
 
 

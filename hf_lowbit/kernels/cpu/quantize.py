@@ -11,9 +11,8 @@ from hf_lowbit.kernels.cpu.products import FLOAT_TYPES
 
 
 def quantizes(x: Tensor, activation: ActivationSpec) -> bool:
-    """Whether :func:`quantize_tokens` takes these: symmetric integers whose scales are made as CPU inputs come."""
-    is_simple = activation.format == "int" and activation.symmetric and not activation.static
-    return is_simple and x.device.type == "cpu" and x.dtype in FLOAT_TYPES and load() is not None
+    """Whether :func:`quantize_tokens` takes these: CPU inputs, and integers that bring their scales."""
+    return activation.brings_scales and x.device.type == "cpu" and x.dtype in FLOAT_TYPES and load() is not None
 
 
 def quantize_tokens(x: Tensor, activation: ActivationSpec) -> tuple[Tensor, Tensor]:

@@ -175,8 +175,8 @@ def suits_wide(x: Tensor, matrix: Matrix) -> bool:
 
 def quantizes(x: Tensor, activation: ActivationSpec) -> bool:
     """Whether :func:`quantize_tokens` takes these: symmetric integers with a scale of each token's own."""
-    simple = activation.format == "int" and activation.symmetric and not activation.static
-    return simple and activation.group_size is None and x.dtype in FLOAT_TYPES and 0 < x.shape[1] <= _MOST_COLUMNS
+    simple = activation.brings_scales and activation.group_size is None
+    return simple and x.dtype in FLOAT_TYPES and 0 < x.shape[1] <= _MOST_COLUMNS
 
 
 def quantize_tokens(x: Tensor, activation: ActivationSpec) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec
-from hf_lowbit.kernels import cpu, ops
+from hf_lowbit.kernels import KeptMatrix, cpu, kept_product, ops
+from hf_lowbit.kernels.described import told
+from hf_lowbit.kernels.kept import KEPT_PRODUCTS
 from hf_lowbit.kernels.products import products
 from hf_lowbit.rounding import round_to_nearest
 from tests.kernels.cpu.matrices import FORMATS, random_packed
@@ -23,10 +25,17 @@ def native() -> None:
 
 def operator(x: Tensor, matrices: Sequence[PackedTensor], activation: ActivationSpec | None = None) -> list[Tensor]:
     stored = [tensor for packed in matrices for tensor in ops._stored(packed)]
-    specs = f"[{', '.join(ops._told(packed.spec) for packed in matrices)}]"
-    flat = torch.ops.hf_lowbit.products(
-        x, stored, specs, matrices[0].columns, ops._told(activation) if activation else ""
-    )
+    specs = f"[{', '.join(told(packed.spec) for packed in matrices)}]"
+    flat = torch.ops.hf_lowbit.products(x, stored, specs, matrices[0].columns, told(activation) if activation else "")
+    return parts_of(flat, x, matrices)
+
+
+def operator_of_kept(x: Tensor, kept: Sequence[KeptMatrix], matrices: Sequence[PackedTensor]) -> list[Tensor]:
+    rows = sum(matrix.rows for matrix in kept)
+    return parts_of(torch.ops.hf_lowbit.kept_products(x, [matrix.number for matrix in kept], rows, ""), x, matrices)
+
+
+def parts_of(flat: Tensor, x: Tensor, matrices: Sequence[PackedTensor]) -> list[Tensor]:
     sizes = [x[..., 0].numel() * packed.weight.shape[0] for packed in matrices]
     shapes = [(*x.shape[:-1], packed.weight.shape[0]) for packed in matrices]
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
@@ -64,6 +73,43 @@ def test_comes_to_python_once_and_is_the_same(name: str, dtype: torch.dtype, mon
                 assert result.dtype == dtype
                 assert torch.equal(result, expected)
     assert calls == [2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_kept_matrices_go_by_their_numbers(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = of_python(monkeypatch)
+    matrices = [random_packed(rows, 96, group_size=32, **FORMATS[name]) for rows in (24, 7)]
+    kept = [KeptMatrix(packed) for packed in matrices]
+    for order in ((0, 1), (1, 0), (0,)):  # each of them is told to the library once
+        chosen, given = [kept[i] for i in order], [matrices[i] for i in order]
+        for tokens in (1, 3):
+            x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+            for _ in range(2):
+                expected = products(x, given, None, None)
+                for result, right in zip(operator_of_kept(x, chosen, given), expected, strict=True):
+                    assert torch.equal(result, right)
+    assert calls == [2, 2, 1]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_inputs_of_kept_matrices_are_quantized(bits: int) -> None:
+    packed, activation = random_packed(24, 96, group_size=32, **FORMATS["int4"]), ActivationSpec("int", bits)
+    kept, x = KeptMatrix(packed), torch.randn(2, 3, 96)
+    for _ in range(2):
+        assert torch.equal(kept_product(x, kept, activation), products(x, [packed], activation, None)[0])
+
+
+def test_matrices_that_are_no_longer_kept_are_refused() -> None:
+    packed, x = random_packed(24, 96, group_size=32, **FORMATS["int4"]), torch.randn(1, 96)
+    kept, others = KeptMatrix(packed), KeptMatrix(packed)
+    operator_of_kept(x, [others, kept], [packed, packed])
+    number = kept.number
+    del kept
+    for numbers in ([number], [others.number, number]):
+        with pytest.raises(RuntimeError, match="the weights of this compiled graph are no more: compile the model"):
+            torch.ops.hf_lowbit.kept_products(x, numbers, 24 * len(numbers), "")
+    assert torch.equal(kept_product(x, others, None), products(x, [packed], None, None)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -149,6 +195,8 @@ def test_errors_name_the_reason() -> None:
 
 def test_keeps_torchs_contract() -> None:
     packed = round_to_nearest(torch.randn(16, 64), WeightSpec(bits=4, group_size=32))
-    arguments = (torch.randn(3, 64), ops._stored(packed), f"[{ops._told(packed.spec)}]", packed.columns, "")
+    arguments = (torch.randn(3, 64), ops._stored(packed), f"[{told(packed.spec)}]", packed.columns, "")
     with torch.no_grad():
         torch.library.opcheck(ops.PRODUCTS, arguments)
+        kept = KeptMatrix(packed)
+        torch.library.opcheck(KEPT_PRODUCTS, (torch.randn(3, 64), [kept.number], 16, ""))

@@ -36,19 +36,27 @@ struct Geometry {
         block = static_cast<int64_t>(codes) * lanes;
         blocks = (columns + block - 1) / block;
         if (groups == 1) return;
-        const int64_t group = columns / groups;
+        const int64_t group = columns / groups, group_lanes = group / codes;
         first.resize(static_cast<size_t>(blocks));
-        for (int64_t b = 0; b < blocks; b++) first[b] = static_cast<int32_t>(b * block / group);
-        if (group % block == 0) return;
-        lane.resize(static_cast<size_t>(blocks * lanes));
+        const bool is_aligned = group % block == 0;
+        if (!is_aligned) lane.resize(static_cast<size_t>(blocks * lanes));
+        int64_t left = group_lanes;  // of the group at hand: counted, because division takes longer than the rest
+        int32_t at = 0;
+        const auto last_group = static_cast<int32_t>(groups - 1);
         for (int64_t b = 0; b < blocks; b++) {
-            const int64_t last = (std::min(columns, (b + 1) * block) - 1) / group;
-            const int32_t aligned = first[b] / lanes * lanes;  // a vector that crosses cache lines is loaded twice
-            if (last < aligned + lanes) first[b] = aligned;
-            for (int i = 0; i < lanes; i++) {
-                const int64_t at = b * block + static_cast<int64_t>(i) * codes;
-                lane[b * lanes + i] = at < columns ? static_cast<int32_t>(at / group) - first[b] : 0;
+            first[b] = at;
+            if (is_aligned) {
+                if ((left -= lanes) == 0) left = group_lanes, at++;
+                continue;
             }
+            int32_t* own = lane.data() + b * lanes;
+            for (int i = 0; i < lanes; i++) {
+                own[i] = std::min(at, last_group);  // lanes beyond the columns: their inputs are zeros
+                if (--left == 0) left = group_lanes, at++;
+            }
+            const int32_t aligned = first[b] / lanes * lanes;  // a vector that crosses cache lines is loaded twice
+            if (own[lanes - 1] < aligned + lanes) first[b] = aligned;
+            for (int i = 0; i < lanes; i++) own[i] -= first[b];
         }
     }
 };

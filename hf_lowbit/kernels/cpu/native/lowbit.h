@@ -146,15 +146,19 @@ typedef struct {
     const char* (*exception_what)(void);  // of the thread's last exception; null before torch 2.13
     int64_t most_tokens;  // beyond, products that do not multiply many go to the operator in Python
 } hfl_torch;
-// Implement hf_lowbit::<name> (Tensor x, Tensor[] stored, str specs, int columns, str activation) -> Tensor for CPU
-// tensors: products of x with packed matrices, of each its codes, scales, zeros and table, what there is of them.
-// `python_operator` has the same arguments and takes what is not known. Returns 0, or -1.
-HFL_API int hfl_register_operator(const hfl_torch* functions, const char* name, const char* python_operator);
-// From now on the operator takes products with these matrices together: their tensors lie there, and `specs` describes
-// them. What a table points to must stay, where it is not among the tensors (has_table). Inputs become codes of
-// -limit..limit with `groups` scales each first, as `activation` says; or stay as they are, where the limit is 0.
+// Implement for CPU tensors, the products of x with packed matrices, flat, one after the other:
+//   hf_lowbit::products (Tensor x, Tensor[] stored, str specs, int columns, str activation) -> Tensor, of each matrix its
+//       codes, scales, zeros and table, what there is of them;
+//   hf_lowbit::kept_products (Tensor x, int[] numbers, int rows, str activation) -> Tensor.
+// Operators of the same arguments whose names end in _of_python take what is not known. Returns 0, or -1.
+HFL_API int hfl_register_operators(const hfl_torch* functions);
+// From now on the operators take products with these matrices together, by their `numbers`; or, where these are null, by
+// where their tensors lie, and `specs`. What a table points to must stay, where it is not among the tensors (has_table);
+// what has numbers must stay until one of them is forgotten. Inputs become codes of -limit..limit with `groups` scales
+// each first, as `activation` says; or stay as they are, where the limit is 0.
 HFL_API void hfl_know(const hfl_matrix* const* matrices, const int* has_table, int count, const char* specs,
-                      const char* activation, int limit, int64_t groups);
+                      const int64_t* numbers, const char* activation, int limit, int64_t groups);
+HFL_API void hfl_forget(int64_t number);
 
 // Reads every byte once on `threads` threads: the bandwidth the products are measured against.
 HFL_API uint64_t hfl_read(const void* data, int64_t bytes, int threads);
