@@ -50,11 +50,11 @@ def _packed(dtype: str = "float32", **fields: Any) -> dict[str, Any]:
 
 INT4 = _packed(bits=4, group_size=64)
 INT4_BFLOAT16 = _packed("bfloat16", bits=4, group_size=64)
-INT4__BYTES = {"format": "int", "bits": 8, "group_size": 32}  # as llama.cpp's Q8_0
+INT4_INT8 = _packed("bfloat16", bits=4, group_size=64, activation_bits=8)
+_BYTES = {"format": "int", "bits": 8, "group_size": 32}  # as llama.cpp's Q8_0
 INT4_BYTE_HEAD = _packed(
     "bfloat16", bits=4, group_size=64, overrides={name: _BYTES for name in ("embed_tokens", "lm_head")}
 )
-INT8 = _packed("bfloat16", bits=4, group_size=64, activation_bits=8)
 INT8 = _packed(bits=8, group_size=None)
 
 
