@@ -11,14 +11,7 @@ namespace {
 
 struct ByteDot {
     using Sum = __m512i;
-    HFL_INLINE static Sum add(Sum sum, __m512i weights, __m512i inputs) {
-#if defined(__GNUC__)
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs));  // by its intrinsic GCC 12 spills sums
-        return sum;
-#else
-        return _mm512_dpbusd_epi32(sum, weights, inputs);
-#endif
-    }
+    HFL_INLINE static Sum add(Sum sum, __m512i weights, __m512i inputs) { return Dot::add(sum, weights, inputs); }
 };
 
 // Words lie sixteen rows side by side before they are decoded: four bytes hold the j-th codes of the bytes of a word.
