@@ -17,7 +17,7 @@ namespace {
 template <int codes> struct Pairs : FloatSums {
     using Input = uint16_t;
     static constexpr int steps = codes / 2;
-    template <int M> static constexpr int chains = 1;  // processors that have these look far enough ahead
+    template <int M> static constexpr int chains = M == 1 ? 8 : 1;  // two for each of four rows
 
     static void arrange(const uint16_t* in, int j, float* out) {
         alignas(64) static constexpr auto first = [] {
