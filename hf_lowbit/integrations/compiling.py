@@ -33,8 +33,9 @@ def compile_config(modules_stay: bool | nn.Module = False) -> CompileConfig:
             takes as long as a tenth to a quarter of a small model's step; and a change would not be noticed. Other
             arguments, caches and lengths are. Each model has graphs of its own; but where torch.compile has no
             ``isolate_recompiles``, models of one process share them: compile only one there. Instead of True, the
-            model itself: then what its packed linear layers on a CPU store stays, too, and is no longer handed over
-            before every token. Graphs that are compiled from now on go on with it if it is moved or replaced.
+            model itself: then what its packed linear layers on a CPU store stays, too, once moved into large pages of
+            memory, and is no longer handed over before every token. Once it is moved or replaced, graphs of it refuse
+            to run; but what is put in the place of a layer's parameters by hand is not noticed.
     """
     from transformers import CompileConfig
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ _numbers = itertools.count()
 
 
 class KeptMatrix:
-    """A packed matrix that goes by a number as long as this lives; what it stores stays where it is.
+    """A packed matrix that goes by a number as long as this lives.
 
     Copies and pickles of it are None.
 
@@ -42,13 +43,13 @@ class KeptMatrix:
 
     def __init__(self, packed: PackedTensor) -> None:
         self.number, self.rows = next(_numbers), packed.weight.shape[0]
-        _kept[self.number] = with_plain_scales(packed)
+        self._places = _places(packed)
+        _kept[self.number] = _held(with_plain_scales(packed))
         weakref.finalize(self, _forget, self.number)
 
     def is_of(self, packed: PackedTensor) -> bool:
-        """Whether these are the same tensors."""
-        mine, given = _kept[self.number].tensors(), with_plain_scales(packed).tensors()
-        return mine.keys() == given.keys() and all(mine[key] is tensor for key, tensor in given.items())
+        """Whether that lies where this was made of it."""
+        return _places(packed) == self._places
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -66,6 +67,19 @@ def kept_product(x: Tensor, kept: KeptMatrix, activation: ActivationSpec | None)
     text = "" if activation is None else told(activation)
     result: Tensor = torch.ops.hf_lowbit.kept_products(x, [kept.number], kept.rows, text)
     return result.view(*x.shape[:-1], kept.rows)
+
+
+def _held(packed: PackedTensor) -> PackedTensor:
+    """Tensors of its own: parameters can come to lie elsewhere, and what they have left is freed."""
+    parts = (packed.zero_point, packed.table)
+    zero_point, table = (None if part is None else part.detach() for part in parts)
+    return replace(
+        packed, weight=packed.weight.detach(), scale=packed.scale.detach(), zero_point=zero_point, table=table
+    )
+
+
+def _places(packed: PackedTensor) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in packed.tensors().items()}
 
 
 def _forget(number: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_lowbit.formats import PackedTensor
 from hf_lowbit.kernels import KeptMatrix, kept_product
 from hf_lowbit.nn.base import PackedModule, expect, frozen
 from hf_lowbit.nn.constant_token import CONSTANT_INPUT, CONSTANT_OUTPUT, constant_companions, outputs_of_tokens
@@ -28,7 +30,8 @@ class PackedLinear(PackedModule, nn.Linear):
 
     Attributes:
         siblings: the layers it computes together with, if any (see :mod:`hf_lowbit.nn.siblings`).
-        kept: what graphs that are compiled from now on know its codes by, if they stay (see :func:`keep_matrices`).
+        kept: what graphs that are compiled from now on know its codes by, if they stay (see :func:`keep_matrices`); no
+            more once they are moved or replaced.
     """
 
     kind = "linear"
@@ -93,6 +96,15 @@ class PackedLinear(PackedModule, nn.Linear):
         device = getattr(self, name).device
         for suffix, tensor in given.items():
             setattr(self, f"{name}{suffix}", frozen(tensor.to(device, torch.float32).clone().view(torch.int32)))
+
+    def set_packed(self, name: str, packed: PackedTensor) -> None:
+        """As of every packed module; graphs that know the former codes refuse to run from then on."""
+        self.kept = None
+        super().set_packed(name, packed)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.kept = None
+        return super()._apply(*args, **kwargs)
 
     def arranged(self, matrix: Tensor) -> Tensor:
         """``[out, in]`` as the float layer lays its weight out, and back: its own inverse."""

@@ -71,6 +71,26 @@ def test_compiled_without_gradients_its_codes_are_no_inputs(activation: Activati
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("change", ["move", "replace"])
+def test_graphs_of_what_was_moved_or_replaced_refuse_to_run(change: str) -> None:
+    layer, x = packed_layer(), torch.randn(3, 64)
+    keep_matrices(layer)
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    compiled = torch.compile(layer, backend="inductor", fullgraph=True, options=options)
+    for _ in range(2):
+        assert torch.equal(compiled(x), layer(x))
+    if change == "move":
+        layer.to("cpu", torch.float64).to(torch.float32)
+    else:
+        layer.set_packed("weight", packed_layer(seed=1).packed())
+    assert layer.kept is None
+    with pytest.raises(RuntimeError, match="the weights of this compiled graph are no more"):
+        compiled(x)
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+@torch.no_grad()
 def test_exported_programs_have_their_codes() -> None:
     layer, x = packed_layer(), torch.randn(3, 64)
     keep_matrices(layer)

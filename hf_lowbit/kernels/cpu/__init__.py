@@ -10,6 +10,7 @@ from hf_lowbit.kernels.cpu.library import (
 )
 from hf_lowbit.kernels.cpu.matrix import Matrix, describe
 from hf_lowbit.kernels.cpu.operator import Described, forget, serve
+from hf_lowbit.kernels.cpu.pages import gather_in_large_pages
 from hf_lowbit.kernels.cpu.prepared import prepare
 from hf_lowbit.kernels.cpu.products import (
     FLOAT_TYPES,
@@ -34,6 +35,7 @@ __all__ = [
     "decode_rows",
     "describe",
     "forget",
+    "gather_in_large_pages",
     "instruction_set",
     "instruction_sets",
     "linear",
