@@ -1,6 +1,7 @@
 """Speed on this CPU: kernels against its read bandwidth, and SmolLM2-135M in `generate`, all in one run.
 
     python benchmarks/speed_cpu.py [--threads 2] [--inputs bfloat16] [--output speed_cpu.json] [--no-model]
+                                   [--large-pages]
 
 Variants are interleaved, medians over the rounds are reported, and ratios are of values of the same run: other work on
 the machine changes both sides. Weights are cycled through more memory than the caches hold.
@@ -60,9 +61,15 @@ def random_packed(rows: int, columns: int, spec: WeightSpec) -> PackedTensor:
     return PackedTensor(codes, scale, spec, columns)
 
 
-def kernels(inputs: torch.dtype) -> list[dict[str, Any]]:
-    """One row per shape, format and number of tokens, for inputs of a type."""
+def kernels(inputs: torch.dtype, large_pages: bool) -> list[dict[str, Any]]:
+    """One row per shape, format and number of tokens, for inputs of a type.
+
+    Args:
+        large_pages: packed weights, and what reading is measured on, lie in them, as those of compiled models that stay.
+    """
     memory = torch.ones(COLD_BYTES, dtype=torch.uint8)
+    if large_pages:
+        cpu.gather_in_large_pages([memory])
     results = []
     for rows, columns in SHAPES:
         floats = [torch.randn(rows, columns) for _ in range(2)]
@@ -71,6 +78,8 @@ def kernels(inputs: torch.dtype) -> list[dict[str, Any]]:
             cold = [
                 random_packed(rows, columns, spec) for _ in range(2 + COLD_BYTES // (rows * columns * spec.bits // 8))
             ]
+            if large_pages:
+                cpu.gather_in_large_pages(tensor for packed in cold for tensor in packed.tensors().values())
             for tokens in (1, 8, 128, 512):
                 x = torch.randn(tokens, columns).to(inputs)
                 result = measure(cold, floats, x, memory, rounds=15 if tokens == 1 else 5 if tokens < 512 else 2)
@@ -159,6 +168,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--no-model", action="store_true", help="kernels only")
     parser.add_argument("--no-kernels", action="store_true", help="the model only")
+    parser.add_argument("--large-pages", action="store_true", help="weights lie in large pages of memory")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -171,7 +181,7 @@ def main() -> None:
     }
     print(results)
     if not arguments.no_kernels:
-        results["kernels"] = kernels(getattr(torch, arguments.inputs))
+        results["kernels"] = kernels(getattr(torch, arguments.inputs), arguments.large_pages)
     if not arguments.no_model:
         results["language_model"] = language_model()
     if arguments.output:
