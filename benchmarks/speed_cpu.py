@@ -65,7 +65,7 @@ def kernels(inputs: torch.dtype, large_pages: bool) -> list[dict[str, Any]]:
     """One row per shape, format and number of tokens, for inputs of a type.
 
     Args:
-        large_pages: packed weights, and what reading is measured on, lie in them, as those of compiled models that stay.
+        large_pages: packed weights, and what reading is measured on, lie in them: as where models stay.
     """
     memory = torch.ones(COLD_BYTES, dtype=torch.uint8)
     if large_pages:
