@@ -41,7 +41,8 @@ def compile_config(modules_stay: bool | nn.Module = False) -> CompileConfig:
 
     from hf_lowbit.kernels.angles import ComputeAnglesOnce
     from hf_lowbit.kernels.joining import JoinProducts
-    from hf_lowbit.kernels.one_query import OnePass, SumOneQuery
+    from hf_lowbit.kernels.one_pass import OnePass
+    from hf_lowbit.kernels.one_query import SumOneQuery
 
     passes = OnePass((JoinProducts(), SumOneQuery(), ComputeAnglesOnce()))
     options: dict[str, Any] = {"post_grad_custom_pre_pass": passes, "size_asserts": False}

@@ -125,20 +125,3 @@ def _before_repeats(call: Callable[..., Node], tensor: Node, heads: int) -> Node
         if before == (batch, groups, 1, *sizes) and after == (batch, groups, heads // groups, *sizes):
             return shared
     return call(aten.unsqueeze.default, tensor, 2)
-
-
-@dataclass(frozen=True)
-class OnePass(CustomGraphPass):
-    """Passes that run one after the other; not every torch takes a list of them."""
-
-    passes: tuple[CustomGraphPass, ...]
-
-    def __call__(self, graph: Graph) -> None:
-        """Rewrite the graph in place."""
-        for one in self.passes:
-            one(graph)
-
-    def uuid(self) -> Any:
-        """Those of the passes; None, which keeps the graph out of inductor's cache, if one has none."""
-        uuids = tuple(one.uuid() for one in self.passes)
-        return None if None in uuids else uuids

@@ -40,7 +40,8 @@ def packed_linear(
     sums: Tensor | None = None,
 ) -> Tensor:
     """:func:`hf_lowbit.kernels.packed_linear` as an operator."""
-    if backend is None and torch.compiler.is_compiling() and not torch.is_grad_enabled() and brings_scales(activation):
+    brings_scales = activation is None or activation.brings_scales
+    if backend is None and torch.compiler.is_compiling() and not torch.is_grad_enabled() and brings_scales:
         return inference_product(x, packed, activation)
     text = None if activation is None else told(activation)
     inputs = text, input_scale, input_shift, sums
@@ -66,11 +67,6 @@ def look_up_rows(packed: PackedTensor, index: Tensor, dtype: torch.dtype, backen
     """Decoded rows as an operator."""
     result: Tensor = torch.ops.hf_lowbit.rows(*_arguments(packed), index, dtype, backend)
     return result
-
-
-def brings_scales(activation: ActivationSpec | None) -> bool:
-    """Whether inputs stay as they are, or become integers that bring their scales."""
-    return activation is None or activation.brings_scales
 
 
 def _stored(packed: PackedTensor) -> list[Tensor]:

@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_lowbit.kernels.joining import JoinProducts
-from hf_lowbit.kernels.one_query import ATTENTION, OnePass, SumOneQuery
+from hf_lowbit.kernels.one_pass import OnePass
+from hf_lowbit.kernels.one_query import ATTENTION, SumOneQuery
 
 BATCH, HEADS, KEYS, WIDTH = 2, 6, 11, 16
 MASKS: dict[str, Callable[[], Tensor | None]] = {
