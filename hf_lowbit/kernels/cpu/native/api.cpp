@@ -4,6 +4,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "pages.h"
 #include "threads.h"
 
 hfl_runner hfl_run = nullptr;
@@ -165,22 +166,24 @@ int hfl_rounding_errors(const hfl_rounding* rounding, int threads) {
 
 uint64_t hfl_read(const void* data, int64_t bytes, int threads) {
     std::atomic<uint64_t> total{0};
-    constexpr int64_t piece = 1 << 18;
-    auto work = [&](int64_t p) {
-        const char* at = static_cast<const char*>(data) + p * piece;
-        const int64_t words = (bytes - p * piece < piece ? bytes - p * piece : piece) / 8;
+    auto read_pages = [&](int64_t first, int64_t last) {
         uint64_t sums[8] = {};  // independent, so that the compiler can use vectors
-        for (int64_t i = 0; i + 8 <= words; i += 8) {
-            uint64_t eight[8];
-            std::memcpy(eight, at + i * 8, 64);
-            __builtin_prefetch(at + i * 8 + 2048);
-            for (int k = 0; k < 8; k++) sums[k] += eight[k];
+        for (int64_t page = first; page < last; page++) {
+            const char* at = static_cast<const char*>(data) + page * page_bytes;
+            const int64_t words = std::min(bytes - page * page_bytes, page_bytes) / 8;
+            ask_for_pages(at, page_bytes);
+            for (int64_t i = 0; i + 8 <= words; i += 8) {
+                uint64_t eight[8];
+                std::memcpy(eight, at + i * 8, 64);
+                __builtin_prefetch(at + i * 8 + 2048);
+                for (int k = 0; k < 8; k++) sums[k] += eight[k];
+            }
         }
         uint64_t sum = 0;
         for (uint64_t part : sums) sum += part;
         total.fetch_add(sum, std::memory_order_relaxed);
     };
-    share((bytes + piece - 1) / piece, threads, work);
+    share_runs((bytes + page_bytes - 1) / page_bytes, 64, threads, read_pages);
     return total.load();
 }
 

@@ -8,6 +8,7 @@
 
 #include "decode.h"
 #include "inputs.h"
+#include "pages.h"
 #include "rows.h"
 #include "ways.h"
 
@@ -102,6 +103,7 @@ template <class Way, int M> class TileProduct {
         const int32_t *groups = geometry_.first.data(), *lanes = geometry_.lane.data();
         // Rows that come next, in the order in which they lie, which memory answers fastest.
         const uint32_t* next = words + ((words_ahead - 1) / (R * row_words) + 1) * R * row_words;
+        ask_for_pages(next, R * (last - first) * Way::block_words * 4);
         const Way way = way_;  // in registers
         const float* scale[R];
         Float total[sums];
