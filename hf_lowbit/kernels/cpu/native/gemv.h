@@ -73,6 +73,7 @@ template <class Way, int M> class TileProduct {
         const bool is_within = reads_on_ && (row + R - 1) * w_.words + last * Way::block_words <= w_.rows * w_.words;
         const int64_t whole = is_within ? last : std::min(last, w_.words / Way::block_words);
         const uint32_t* words = w_.codes + row * w_.words;
+        ask_for_pages(words + first * Way::block_words + words_ahead, R * (last - first) * Way::block_words * 4);
         add_scaled<R>(words + first * Way::block_words, w_.words, at, first, whole);
         if (whole == last) return;
         uint32_t tail[R * Way::block_words] = {};  // the last block is not all there
@@ -103,7 +104,6 @@ template <class Way, int M> class TileProduct {
         const int32_t *groups = geometry_.first.data(), *lanes = geometry_.lane.data();
         // Rows that come next, in the order in which they lie, which memory answers fastest.
         const uint32_t* next = words + ((words_ahead - 1) / (R * row_words) + 1) * R * row_words;
-        ask_for_pages(next, R * (last - first) * Way::block_words * 4);
         const Way way = way_;  // in registers
         const float* scale[R];
         Float total[sums];
