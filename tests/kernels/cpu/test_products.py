@@ -186,6 +186,36 @@ def test_a_token_that_is_not_finite_stays_so_alone(value: float, name: str, inst
     assert torch.isfinite(y[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("value", (float("inf"), -float("inf")))
+@pytest.mark.parametrize("name", ("nf4", "nf3", "power5", "fitted3", "float8_e4m3fn"))
+def test_infinite_inputs_keep_their_sign(value: float, name: str, instruction_set: str) -> None:
+    """Also where a value is looked up as two, of which the second may be nothing."""
+    packed = random_packed(64, 128, group_size=32, **FORMATS[name])
+    x = torch.ones(1, 128, dtype=torch.bfloat16)
+    x[0, 7] = value
+    matrix = cpu.describe(packed)
+    assert matrix is not None
+    (y,) = cpu.linear(x, [matrix])
+    weight = decode(packed)[:, 7]
+    assert torch.equal(y[0][weight != 0].float(), (weight[weight != 0] * value))
+
+
+@pytest.mark.parametrize("name", ("nf4", "nf4-zero", "nf3", "power5", "fitted3", "int4", "float8_e4m3fn"))
+@pytest.mark.parametrize("tokens", (1, 4))
+def test_values_are_not_rounded_to_the_type_of_the_inputs(name: str, tokens: int, instruction_set: str) -> None:
+    """What is left where products cancel shows it: bfloat16 values would be wrong by four times as much as is allowed."""
+    packed = random_packed(2000, 32, **FORMATS[name])
+    x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    matrix = cpu.describe(packed)
+    assert matrix is not None
+    (y,) = cpu.linear(x, [matrix])
+    exact = exact_product(x, packed)
+    allowed = 2**-8 * exact.abs() + 2**-15 * without_cancellation(x, packed)
+    if packed.zero_point is not None:
+        allowed = allowed + 2**-20 * x.double().abs().sum(-1, keepdim=True)
+    assert bool(((y.double() - exact).abs() <= allowed).all())
+
+
 def test_several_matrices_in_one_call(instruction_set: str) -> None:
     weights = [
         random_packed(40, 256, bits=4, group_size=64),

@@ -2,7 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "lowbit.h"
+#include "simd_avx512.h"
 
 namespace {
 
@@ -24,6 +24,7 @@ struct Dot {
         }
     };
     static Int load(const void* p) { return _mm512_loadu_si512(p); }
+    static Int load_codes(const void* p) { return Simd::load_codes(p); }
     // -128 * (sum of the inputs of each lane), to which add_start adds that of more inputs.
     static Int start(const int32_t* minus_sums) { return _mm512_loadu_si512(minus_sums); }
     static void add_start(const void* inputs, int32_t* minus_sums) {

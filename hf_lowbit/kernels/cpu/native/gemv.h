@@ -1,7 +1,6 @@
 // Products of a few inputs with packed matrices, decoded in registers: the speed of reading the codes once.
 #pragma once
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -13,10 +12,6 @@
 #include "ways.h"
 
 namespace {
-
-inline bool is_finite(const hfl_matrix& w) {
-    return std::all_of(w.table, w.table + (1 << w.bits), [](float value) { return std::isfinite(value); });
-}
 
 constexpr int tile_rows = 16;
 constexpr int64_t words_ahead = 2048;  // of codes, at least: memory takes as long to answer
@@ -287,8 +282,8 @@ void multiply_matrices(const hfl_matrix* const* matrices, int count, void* const
 
 inline int linear(const hfl_matrix* const* matrices, int count, const void* x, int type, int64_t m, int64_t stride,
                   void* const* y, int threads) {
-    std::vector<char> pairs(static_cast<size_t>(count));
-    for (int i = 0; i < count; i++) pairs[i] = multiplies_pairs(*matrices[i], type);
+    std::vector<Pairing> pairs(static_cast<size_t>(count));
+    for (int i = 0; i < count; i++) pairs[i] = pairing(*matrices[i], type);
     multiply_matrices(
         matrices, count, y, type, threads, [&](int i) { return multiplies_in_lanes(*matrices[i]); },
         [&](int i, int k) {

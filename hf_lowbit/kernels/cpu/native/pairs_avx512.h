@@ -9,6 +9,7 @@
 #include "floats.h"
 #include "geometry.h"
 #include "unroll.h"
+#include "values.h"
 
 namespace {
 
@@ -41,6 +42,17 @@ template <int codes> struct Pairs : FloatSums {
     static float shift(const hfl_matrix&) { return 0.0f; }
 };
 
+// A value as a bfloat16 number and what that leaves, rounded to another: sixteen significant bits. Both have its sign, and
+// what is left is not zero, so that infinite inputs give what they give with the value itself.
+struct Halves {
+    uint16_t high, low;
+    explicit Halves(float value) : high(static_cast<uint16_t>(bits_of(value) >> 16)) {
+        constexpr uint16_t least = 0x0080, sign = 0x8000;  // of normal numbers
+        low = to_bfloat16(value - from_bfloat16(high));
+        if ((low & ~sign) < least) low = static_cast<uint16_t>((high & sign) | (value != 0 ? least : 0));
+    }
+};
+
 // Whether all values of the table are bfloat16 numbers.
 inline bool is_bfloat16(const hfl_matrix& w) {
     bool exact = true;
@@ -62,21 +74,18 @@ template <int bits> struct InPairs : Pairs<Lane<bits>::codes> {
     static constexpr int size = bits <= 5 ? 32 : 64, tables = together * size / 32;
 
     __m512i table[tables];
-    explicit InPairs(const hfl_matrix& w) {
+    explicit InPairs(const hfl_matrix& w) : InPairs(w, to_bfloat16) {}
+    template <class Round> InPairs(const hfl_matrix& w, Round round) {
         alignas(64) uint16_t values[together * size];
         for (int t = 0; t < together; t++)
             for (int i = 0; i < size; i++)
-                values[t * size + i] = to_bfloat16(w.table[(i >> t * bits) & ((1 << bits) - 1)]);
+                values[t * size + i] = round(w.table[(i >> t * bits) & ((1 << bits) - 1)]);
         for (int i = 0; i < tables; i++) table[i] = _mm512_load_si512(values + 32 * i);
     }
     HFL_INLINE static Loaded load(const uint32_t* p) {
         Simd::Int lane[words];
-        repeat([&](auto q) HFL_INLINE { lane[q.value] = Simd::strided<words, decltype(q)::value>(p); },
-               std::make_integer_sequence<int, words>());
+        load_lanes<words>(p, lane);
         Loaded loaded;
-#if defined(__GNUC__)
-        asm("" : "+v"(lane[0]));  // else every shift would load it again, and loads are what these loops wait for
-#endif
         if constexpr (words == 1) loaded.half[0] = lane[0];
         else
             for (int h = 0; h < words; h++) {  // an odd number of words: their parities differ
@@ -93,6 +102,23 @@ template <int bits> struct InPairs : Pairs<Lane<bits>::codes> {
         else code = _mm512_srli_epi16(loaded.half[half], shift);
         if constexpr (bits <= 5) return _mm512_permutexvar_epi16(code, table[j % together]);  // ignores higher bits
         else return _mm512_permutex2var_epi16(table[0], code, table[1]);
+    }
+};
+
+// Other tables of finite numbers: each value is two, looked up by the same shifted codes.
+template <int bits> struct InSplitPairs : InPairs<bits> {
+    using Whole = InPairs<bits>;
+    struct Value { __m512i high, low; };
+
+    Whole low;
+    explicit InSplitPairs(const hfl_matrix& w)
+        : Whole(w, [](float value) { return Halves(value).high; }),
+          low(w, [](float value) { return Halves(value).low; }) {}
+    template <int j> HFL_INLINE Value at(const typename Whole::Loaded& loaded) const {
+        return {Whole::template at<j>(loaded), low.template at<j>(loaded)};
+    }
+    HFL_INLINE static Simd::Float multiply_add(Value value, const float* in, Simd::Float sum) {
+        return Whole::multiply_add(value.low, in, Whole::multiply_add(value.high, in, sum));
     }
 };
 

@@ -44,9 +44,10 @@ struct Simd {
     static Int shift_left(Int a, int n) { return _mm256_slli_epi32(a, n); }
     static Int either(Int a, Int b) { return _mm256_or_si256(a, b); }
 
-    template <int stride, int q> static Int strided(const uint32_t* p) {
-        if constexpr (stride == 1) return load_int(p);
-        return gather_words<stride, q>(p, std::make_integer_sequence<int, stride>());
+    static Int load_codes(const void* p) { return load_int(p); }
+    template <int stride, int q> static Int strided(const Int* words) {
+        if constexpr (stride == 1) return words[0];
+        return gather_words<stride, q>(words, std::make_integer_sequence<int, stride>());
     }
 
     template <int bits> struct Table {
@@ -124,7 +125,7 @@ struct Simd {
 
   private:
     // From source vector `source` of the block, the lanes whose word i * stride + q lies in it.
-    template <int stride, int q, int source> static Int part_of(Int sofar, const uint32_t* p) {
+    template <int stride, int q, int source> static Int part_of(Int sofar, const Int* words) {
 #define HFL_INDEX(i) (((i) * stride + q) % 8)
 #define HFL_HERE(i) ((((i) * stride + q) / 8 == source) << (i))
         const Int index = _mm256_setr_epi32(HFL_INDEX(0), HFL_INDEX(1), HFL_INDEX(2), HFL_INDEX(3), HFL_INDEX(4),
@@ -133,12 +134,12 @@ struct Simd {
                              HFL_HERE(6) | HFL_HERE(7);
 #undef HFL_INDEX
 #undef HFL_HERE
-        return _mm256_blend_epi32(sofar, _mm256_permutevar8x32_epi32(load_int(p + 8 * source), index), here);
+        return _mm256_blend_epi32(sofar, _mm256_permutevar8x32_epi32(words[source], index), here);
     }
     template <int stride, int q, int... source>
-    static Int gather_words(const uint32_t* p, std::integer_sequence<int, source...>) {
+    static Int gather_words(const Int* words, std::integer_sequence<int, source...>) {
         Int r = _mm256_setzero_si256();
-        ((r = part_of<stride, q, source>(r, p)), ...);
+        ((r = part_of<stride, q, source>(r, words)), ...);
         return r;
     }
 };

@@ -50,9 +50,18 @@ struct Simd {
     static Int shift_left(Int a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
     static Int either(Int a, Int b) { return _mm512_or_si512(a, b); }
 
-    template <int stride, int q> static Int strided(const uint32_t* p) {
-        if constexpr (stride == 1) return load_int(p);
-        else return gather_words<stride, q>(p, std::make_integer_sequence<int, stride - 2>());
+    // Codes stay in a register: by itself the compiler makes every shift load them again, and loads are what these loops
+    // wait for.
+    static Int load_codes(const void* p) {
+        Int codes = load_int(p);
+#if defined(__GNUC__)
+        asm("" : "+v"(codes));
+#endif
+        return codes;
+    }
+    template <int stride, int q> static Int strided(const Int* words) {
+        if constexpr (stride == 1) return words[0];
+        else return gather_words<stride, q>(words, std::make_integer_sequence<int, stride - 2>());
     }
 
     template <int bits> struct Table {
@@ -105,22 +114,22 @@ struct Simd {
     static constexpr int plane_position(int, int) { return 0; }
 
   private:
-    // Word i * stride + q of each lane i, from as many vectors as the stride: the first two at once.
+    // The first two vectors at once.
     template <int stride, int q> static Int from() {
         static constexpr auto at = [](int i) { return (i * stride + q) % 32; };
         return _mm512_setr_epi32(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11),
                                  at(12), at(13), at(14), at(15));
     }
-    template <int stride, int q, int source> static Int part_of(Int sofar, const uint32_t* p) {
+    template <int stride, int q, int source> static Int part_of(Int sofar, const Int* words) {
         static constexpr auto here = [](int i) { return ((i * stride + q) / 16 == source) << i; };
         constexpr __mmask16 mask = here(0) | here(1) | here(2) | here(3) | here(4) | here(5) | here(6) | here(7) |
                                    here(8) | here(9) | here(10) | here(11) | here(12) | here(13) | here(14) | here(15);
-        return _mm512_mask_permutexvar_epi32(sofar, mask, from<stride, q>(), load_int(p + 16 * source));
+        return _mm512_mask_permutexvar_epi32(sofar, mask, from<stride, q>(), words[source]);
     }
     template <int stride, int q, int... source>
-    static Int gather_words(const uint32_t* p, std::integer_sequence<int, source...>) {
-        Int r = _mm512_permutex2var_epi32(load_int(p), from<stride, q>(), load_int(p + 16));
-        ((r = part_of<stride, q, source + 2>(r, p)), ...);
+    static Int gather_words(const Int* words, std::integer_sequence<int, source...>) {
+        Int r = _mm512_permutex2var_epi32(words[0], from<stride, q>(), words[1]);
+        ((r = part_of<stride, q, source + 2>(r, words)), ...);
         return r;
     }
 };

@@ -1,14 +1,29 @@
 // From codes in the low bits of vector lanes to float values, by the decoder the matrix names.
 #pragma once
+#include <algorithm>
+#include <cmath>
+
 #include "lowbit.h"
 #include "unroll.h"
 
 namespace {
 
+inline bool is_finite(const hfl_matrix& w) {
+    return std::all_of(w.table, w.table + (1 << w.bits), [](float value) { return std::isfinite(value); });
+}
+
 // Each decoder offers at<j>(words): the values of the j-th codes of all lanes, times 1 / place(j), and place(j), which
 // the inputs are multiplied by (a power of two: exact); and shift(): what is left to subtract from every value, which
 // products take from the inputs' sums. operator() decodes codes that lie in the low bits, completely.
 template <int bits, int decoder> struct Values;
+
+// The words of all lanes: word i * words + q, for each lane i, is in the q-th vector.
+template <int words> HFL_INLINE inline void load_lanes(const uint32_t* p, Simd::Int* lane) {
+    Simd::Int loaded[words];
+    for (int q = 0; q < words; q++) loaded[q] = Simd::load_codes(p + q * Simd::lanes);
+    repeat([&](auto q) HFL_INLINE { lane[q.value] = Simd::strided<words, decltype(q)::value>(loaded); },
+           std::make_integer_sequence<int, words>());
+}
 
 // j-th codes of all lanes, in the low bits; what lies above them is left to the decoder.
 template <int bits, int j> inline Simd::Int codes_at(const Simd::Int* words) {

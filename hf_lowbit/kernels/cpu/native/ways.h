@@ -41,8 +41,7 @@ template <int bits, int decoder> struct InLanes : OneFloat {
     }
     HFL_INLINE static Loaded load(const uint32_t* p) {
         Loaded loaded;
-        repeat([&](auto q) HFL_INLINE { loaded.lane[q.value] = Simd::strided<words, decltype(q)::value>(p); },
-               std::make_integer_sequence<int, words>());
+        load_lanes<words>(p, loaded.lane);
         return loaded;
     }
     template <int j> HFL_INLINE Simd::Float at(const Loaded& loaded) const { return values.template at<j>(loaded.lane); }
@@ -97,26 +96,32 @@ struct InDigits : OneFloat {
     static float shift(const hfl_matrix& w) { return -w.table[0]; }
 };
 
-// Whether pairs of bfloat16 inputs are multiplied at once.
-inline bool multiplies_pairs(const hfl_matrix& w, int type) {
+// Whether pairs of bfloat16 inputs are multiplied at once: by one bfloat16 number for each value, or by two.
+enum Pairing : char { no_pairs, whole_pairs, split_pairs };
+
+inline Pairing pairing(const hfl_matrix& w, int type) {
 #if defined(HFL_PAIRS)
-    return type == HFL_BFLOAT16 && w.packing == HFL_DENSE && w.bits != 7 && is_bfloat16(w);
+    if (type != HFL_BFLOAT16 || w.packing != HFL_DENSE || w.bits == 7) return no_pairs;
+    if (is_bfloat16(w)) return whole_pairs;
+    return w.bits < 7 && is_finite(w) ? split_pairs : no_pairs;
 #else
     (void)w, (void)type;
-    return false;
+    return no_pairs;
 #endif
 }
 
-// Calls use(Type<a way>) with the best way for this matrix; `pairs` where it multiplies them.
-template <class Use> void with_way(const hfl_matrix& w, bool pairs, Use use) {
+// Calls use(Type<a way>) with the best way for this matrix.
+template <class Use> void with_way(const hfl_matrix& w, Pairing pairs, Use use) {
     if (w.packing == HFL_BASE3) return use(Type<InDigits>());
     with_values(w, [&](auto bits, auto decoder) {
         constexpr int width = decltype(bits)::value, by = decltype(decoder)::value;
 #if defined(HFL_PAIRS)
-        if constexpr (width <= 6)
-            if (pairs) return use(Type<InPairs<width>>());
+        if constexpr (width <= 6) {
+            if (pairs == whole_pairs) return use(Type<InPairs<width>>());
+            if (pairs == split_pairs) return use(Type<InSplitPairs<width>>());
+        }
         if constexpr (width == 8)
-            if (pairs) return use(Type<InBytePairs>());
+            if (pairs == whole_pairs) return use(Type<InBytePairs>());
 #else
         (void)pairs;
 #endif
