@@ -38,15 +38,21 @@ FORMATS: dict[str, dict[str, Any]] = {
 SHAPES = ((4096, 4096), (14336, 4096))
 
 
-def seconds(call: Callable[[int], Any], rounds: int) -> float:
-    """Median time of call(round)."""
-    call(0)
-    times = []
-    for i in range(rounds):
-        begun = time.perf_counter()
-        call(i)
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+def microseconds(calls: dict[str, Callable[[int], Any]], rounds: dict[str, int], blocks: int) -> dict[str, float]:
+    """Median time of each call(round); in every block each of them has its rounds one after the other.
+
+    Other work on a machine, and its memory, change from second to second: each meets the same of it.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call(0)
+    for block in range(blocks):
+        for name, call in calls.items():
+            for i in range(block * rounds[name], (block + 1) * rounds[name]):
+                begun = time.perf_counter()
+                call(i)
+                times[name].append(time.perf_counter() - begun)
+    return {name: 1e6 * statistics.median(of_call) for name, of_call in times.items()}
 
 
 def random_packed(rows: int, columns: int, spec: WeightSpec) -> PackedTensor:
@@ -84,7 +90,7 @@ def kernels(inputs: torch.dtype, large_pages: bool) -> list[dict[str, Any]]:
                 packed_linear(torch.zeros(1, columns, dtype=inputs), packed)
             for tokens in (1, 8, 128, 512):
                 x = torch.randn(tokens, columns).to(inputs)
-                result = measure(cold, floats, x, memory, rounds=60 if tokens == 1 else 5 if tokens < 512 else 2)
+                result = measure(cold, floats, x, memory, rounds=12 if tokens == 1 else 2 if tokens < 512 else 1)
                 results.append({"shape": [rows, columns], "format": name, "tokens": tokens, **result})
                 print(f"{rows}x{columns} {name:18} {tokens:4} tokens: {describe(result)}", flush=True)
     return results
@@ -93,21 +99,26 @@ def kernels(inputs: torch.dtype, large_pages: bool) -> list[dict[str, Any]]:
 def measure(
     cold: list[PackedTensor], floats: list[torch.Tensor], x: torch.Tensor, memory: torch.Tensor, rounds: int
 ) -> dict[str, float]:
-    """Microseconds of one product in each way, and bandwidths."""
+    """Microseconds of one product in each way, and bandwidths.
+
+    Args:
+        rounds: of packed products in a row, of which there are five.
+    """
     size = sum(tensor.numel() * tensor.element_size() for tensor in cold[0].tensors().values())
     halves, full, half = [weight.bfloat16() for weight in floats], x.float(), x.bfloat16()
-    result = {
-        "read_gb_s": COLD_BYTES / seconds(lambda _: read_bytes(memory), 3) / 1e9,
-        "us": 1e6 * seconds(lambda i: packed_linear(x, cold[i % len(cold)]), rounds),
-        "float32_us": 1e6 * seconds(lambda i: full @ floats[i % 2].t(), rounds // 3 + 1),
-        "bfloat16_us": 1e6 * seconds(lambda i: half @ halves[i % 2].t(), 2),
+    calls: dict[str, Callable[[int], Any]] = {
+        "read": lambda _: read_bytes(memory),
+        "us": lambda i: packed_linear(x, cold[i % len(cold)]),
+        "float32_us": lambda i: full @ floats[i % 2].t(),
+        "bfloat16_us": lambda i: half @ halves[i % 2].t(),
     }
-    result["gb_s"] = size / result["us"] / 1e3
-    matrices = [matrix for packed in cold if (matrix := cpu.describe(packed)) is not None]
-    if matrices and cpu.multiplies_int8(matrices[0]):
+    matrix = cpu.describe(cold[0])
+    if matrix is not None and cpu.multiplies_int8(matrix):
         activation = ActivationSpec("int", 8)
-        result["int8_us"] = 1e6 * seconds(lambda i: packed_linear(x, cold[i % len(cold)], activation), rounds)
-    return result
+        calls["int8_us"] = lambda i: packed_linear(x, cold[i % len(cold)], activation)
+    times = microseconds(calls, {name: rounds if name in ("us", "int8_us") else 1 for name in calls}, blocks=5)
+    reading = COLD_BYTES / times.pop("read") / 1e3
+    return {"read_gb_s": reading, **times, "gb_s": size / times["us"] / 1e3}
 
 
 def describe(result: dict[str, float]) -> str:

@@ -9,7 +9,7 @@
 namespace {
 
 // Inputs, at most, that are better multiplied by what was decoded in registers.
-int64_t few_inputs(const hfl_matrix& w) { return pairing(w, HFL_BFLOAT16) != no_pairs ? 8 : 4; }
+int64_t few_inputs(const hfl_matrix& w) { return pairing(w, HFL_BFLOAT16) == whole_pairs ? 8 : 4; }
 
 bool has_chunks(const hfl_matrix& w) {
     return with_chunks(w, [](auto) {});

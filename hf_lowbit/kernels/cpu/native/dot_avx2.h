@@ -24,7 +24,7 @@ struct Dot {
         }
     };
     static Int load(const void* p) { return _mm256_loadu_si256(static_cast<const Int*>(p)); }
-    static Int load_codes(const void* p) { return load(p); }
+    template <bool> static Int load_codes(const void* p) { return load(p); }
     static Int start(const int32_t*) { return zero(); }
     static void add_start(const void*, int32_t*) {}
     static Int zero() { return _mm256_setzero_si256(); }

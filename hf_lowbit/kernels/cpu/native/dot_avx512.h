@@ -24,7 +24,7 @@ struct Dot {
         }
     };
     static Int load(const void* p) { return _mm512_loadu_si512(p); }
-    static Int load_codes(const void* p) { return Simd::load_codes(p); }
+    template <bool stay> static Int load_codes(const void* p) { return Simd::template load_codes<stay>(p); }
     // -128 * (sum of the inputs of each lane), to which add_start adds that of more inputs.
     static Int start(const int32_t* minus_sums) { return _mm512_loadu_si512(minus_sums); }
     static void add_start(const void* inputs, int32_t* minus_sums) {

@@ -19,7 +19,7 @@ struct Dot {
         }
     };
     static Int load(const void* p) { Int r; std::memcpy(&r, p, sizeof r); return r; }
-    static Int load_codes(const void* p) { return load(p); }
+    template <bool> static Int load_codes(const void* p) { return load(p); }
     static Int start(const int32_t*) { return zero(); }
     static void add_start(const void*, int32_t*) {}
     static Int zero() { return {}; }

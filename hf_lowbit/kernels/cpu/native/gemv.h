@@ -32,7 +32,7 @@ template <class Way, int M> class TileProduct {
   private:
     using Float = Simd::Float;
     using Sum = typename Way::Sum;
-    using Loaded = decltype(std::declval<const Way&>().load(nullptr));
+    using Loaded = decltype(std::declval<const Way&>().template load<M>(nullptr));
     static constexpr int rows = tile_rows;
     static constexpr bool is_small = sizeof(Loaded) <= 3 * sizeof(Float);  // else they do not fit into registers
     static constexpr int rows_together = M == 1 && is_small ? Simd::rows_together : 1;
@@ -68,7 +68,8 @@ template <class Way, int M> class TileProduct {
         const bool is_within = reads_on_ && (row + R - 1) * w_.words + last * Way::block_words <= w_.rows * w_.words;
         const int64_t whole = is_within ? last : std::min(last, w_.words / Way::block_words);
         const uint32_t* words = w_.codes + row * w_.words;
-        ask_for_pages(words + first * Way::block_words + words_ahead, R * (last - first) * Way::block_words * 4);
+        if constexpr (M == 1)  // what more inputs wait for is arithmetic
+            ask_for_pages(words + first * Way::block_words + words_ahead, R * (last - first) * Way::block_words * 4);
         add_scaled<R>(words + first * Way::block_words, w_.words, at, first, whole);
         if (whole == last) return;
         uint32_t tail[R * Way::block_words] = {};  // the last block is not all there
@@ -149,7 +150,7 @@ template <class Way, int M> class TileProduct {
     template <int R, int chains>
     HFL_INLINE static void add_block(const Way& way, const uint32_t* words, int64_t row_words, const float* in, Sum* sum) {
         Loaded loaded[R];
-        for (int r = 0; r < R; r++) loaded[r] = way.load(words + r * row_words);
+        for (int r = 0; r < R; r++) loaded[r] = way.template load<M>(words + r * row_words);
         repeat(
             [&](auto j) HFL_INLINE {
                 Sum* chain = sum + j.value % chains * R * M;

@@ -38,7 +38,7 @@ template <int bits, bool grouped> struct InBytes {
     HFL_INLINE static Sum zero() { return Dot::zero(); }
     HFL_INLINE static Sum add(Sum a, Sum b) { return Dot::sum(a, b); }
     HFL_INLINE static Simd::Float to_float(Sum a) { return Dot::to_float(a); }
-    HFL_INLINE static Sum load(const uint32_t* p) { return Dot::load_codes(p); }
+    template <int M> HFL_INLINE static Sum load(const uint32_t* p) { return Dot::template load_codes<M == 1>(p); }
     template <int j> HFL_INLINE Sum at(Sum words) const { return weights.template at<j>(words); }
     HFL_INLINE static Sum multiply_add(Sum values, const float* in, Sum sum) {
         return Dot::add(sum, values, Dot::load(in));

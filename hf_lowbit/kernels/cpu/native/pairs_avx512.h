@@ -82,9 +82,9 @@ template <int bits> struct InPairs : Pairs<Lane<bits>::codes> {
                 values[t * size + i] = round(w.table[(i >> t * bits) & ((1 << bits) - 1)]);
         for (int i = 0; i < tables; i++) table[i] = _mm512_load_si512(values + 32 * i);
     }
-    HFL_INLINE static Loaded load(const uint32_t* p) {
+    template <int M> HFL_INLINE static Loaded load(const uint32_t* p) {
         Simd::Int lane[words];
-        load_lanes<words>(p, lane);
+        load_lanes<words, true>(p, lane);
         Loaded loaded;
         if constexpr (words == 1) loaded.half[0] = lane[0];
         else
@@ -140,7 +140,7 @@ struct InBytePairs : Pairs<4> {
             high[i] = _mm512_load_si512(bytes[1] + 64 * i);
         }
     }
-    HFL_INLINE Loaded load(const uint32_t* p) const {
+    template <int M> HFL_INLINE Loaded load(const uint32_t* p) const {
         const __m512i codes = _mm512_loadu_si512(p);
         const __mmask64 upper = _mm512_movepi8_mask(codes);
         auto look_up = [&](const __m512i* table) HFL_INLINE {

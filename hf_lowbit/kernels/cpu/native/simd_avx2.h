@@ -44,7 +44,7 @@ struct Simd {
     static Int shift_left(Int a, int n) { return _mm256_slli_epi32(a, n); }
     static Int either(Int a, Int b) { return _mm256_or_si256(a, b); }
 
-    static Int load_codes(const void* p) { return load_int(p); }
+    template <bool> static Int load_codes(const void* p) { return load_int(p); }
     template <int stride, int q> static Int strided(const Int* words) {
         if constexpr (stride == 1) return words[0];
         return gather_words<stride, q>(words, std::make_integer_sequence<int, stride>());

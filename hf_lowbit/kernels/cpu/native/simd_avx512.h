@@ -50,12 +50,11 @@ struct Simd {
     static Int shift_left(Int a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
     static Int either(Int a, Int b) { return _mm512_or_si512(a, b); }
 
-    // Codes stay in a register: by itself the compiler makes every shift load them again, and loads are what these loops
-    // wait for.
-    static Int load_codes(const void* p) {
+    // By itself the compiler makes every shift load codes again, which takes longer where memory is what loops wait for.
+    template <bool stay> static Int load_codes(const void* p) {
         Int codes = load_int(p);
 #if defined(__GNUC__)
-        asm("" : "+v"(codes));
+        if constexpr (stay) asm("" : "+v"(codes));
 #endif
         return codes;
     }

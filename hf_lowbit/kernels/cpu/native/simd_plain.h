@@ -47,7 +47,7 @@ struct Simd {
     static Int shift_left(Int a, int n) { return make_int([&](int i) { return a.lane[i] << n; }); }
     static Int either(Int a, Int b) { return make_int([&](int i) { return a.lane[i] | b.lane[i]; }); }
     // word q of each lane, where a lane owns `stride` consecutive words
-    static Int load_codes(const void* p) { return load_int(p); }
+    template <bool> static Int load_codes(const void* p) { return load_int(p); }
     template <int stride, int q> static Int strided(const Int* words) {
         return make_int([&](int i) { return words[(i * stride + q) / lanes].lane[(i * stride + q) % lanes]; });
     }

@@ -17,10 +17,11 @@ inline bool is_finite(const hfl_matrix& w) {
 // products take from the inputs' sums. operator() decodes codes that lie in the low bits, completely.
 template <int bits, int decoder> struct Values;
 
-// The words of all lanes: word i * words + q, for each lane i, is in the q-th vector.
-template <int words> HFL_INLINE inline void load_lanes(const uint32_t* p, Simd::Int* lane) {
+// The words of all lanes: word i * words + q, for each lane i, is in the q-th vector. They stay in registers, or are
+// loaded by every shift: products with many inputs need the registers.
+template <int words, bool stay> HFL_INLINE inline void load_lanes(const uint32_t* p, Simd::Int* lane) {
     Simd::Int loaded[words];
-    for (int q = 0; q < words; q++) loaded[q] = Simd::load_codes(p + q * Simd::lanes);
+    for (int q = 0; q < words; q++) loaded[q] = Simd::template load_codes<stay>(p + q * Simd::lanes);
     repeat([&](auto q) HFL_INLINE { lane[q.value] = Simd::strided<words, decltype(q)::value>(loaded); },
            std::make_integer_sequence<int, words>());
 }

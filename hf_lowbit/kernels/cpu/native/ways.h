@@ -5,7 +5,7 @@
 //   block_words, steps: words of a block, and codes of each of its lanes (which share a scale);
 //   Input: float, uint16_t for bfloat16 numbers as they are, or int8_t for codes;
 //   arrange(in, j, out): the inputs of the j-th codes of all lanes, from a block's inputs in their own order;
-//   load(words), at<j>(loaded): the j-th values of all lanes;
+//   load<M>(words), at<j>(loaded): the j-th values of all lanes, for M inputs;
 //   Sum, zero(), add(a, b), to_float(sum): 16 or 8 floats, or integers (is_integer; see int8.h);
 //   multiply_add(values, in, sum): values times such inputs, added to a sum;
 //   chains<M>: how many sums for each of M inputs, side by side;
@@ -39,9 +39,9 @@ template <int bits, int decoder> struct InLanes : OneFloat {
     static void arrange(const float* in, int j, float* out) {
         for (int i = 0; i < Simd::lanes; i++) out[i] = V::place(j) * in[i * steps + j];
     }
-    HFL_INLINE static Loaded load(const uint32_t* p) {
+    template <int M> HFL_INLINE static Loaded load(const uint32_t* p) {
         Loaded loaded;
-        load_lanes<words>(p, loaded.lane);
+        load_lanes<words, M == 1>(p, loaded.lane);
         return loaded;
     }
     template <int j> HFL_INLINE Simd::Float at(const Loaded& loaded) const { return values.template at<j>(loaded.lane); }
@@ -57,7 +57,7 @@ struct InPlanes : InLanes<4, HFL_TABLE> {
     static void arrange(const float* in, int j, float* out) {
         for (int i = 0; i < Simd::lanes; i++) out[i] = in[Simd::plane_position(j, i)];
     }
-    HFL_INLINE Loaded load(const uint32_t* p) const {
+    template <int M> HFL_INLINE Loaded load(const uint32_t* p) const {
         Loaded loaded;
         planes(Simd::load_int(p), loaded.value);
         return loaded;
@@ -77,7 +77,7 @@ struct InDigits : OneFloat {
     static void arrange(const float* in, int j, float* out) {
         for (int i = 0; i < Simd::lanes; i++) out[i] = in[i * steps + j];
     }
-    HFL_INLINE static Loaded load(const uint32_t* p) {
+    template <int M> HFL_INLINE static Loaded load(const uint32_t* p) {
         constexpr int reciprocals[] = {0, 21846, 7282, 2428, 810};  // of 3^j, rounded up: exact quotients of a byte
         const Simd::Int bytes = Simd::widen(reinterpret_cast<const uint8_t*>(p));
         Loaded loaded;
