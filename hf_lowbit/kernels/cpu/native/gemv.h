@@ -266,8 +266,8 @@ void multiply_matrices(const hfl_matrix* const* matrices, int count, void* const
                 matrices[k]->zero_kind == matrices[i]->zero_kind && alike(i, k))
                 prepared[i] = prepared[k];
         if (prepared[i]) continue;
-        Geometry geometry(*matrices[i], Simd::lanes);
         with_way(i, [&](auto way) {
+            Geometry geometry(*matrices[i], decltype(way)::type::lanes);
             Inputs inputs = make(way, *matrices[i], geometry);
             prepared[i] = std::make_shared<Prepared>(Prepared{std::move(geometry), std::move(inputs)});
         });

@@ -21,7 +21,7 @@ template <int bits, bool grouped> struct InBytes {
     using Sum = Dot::Int;
     using Weights = typename Dot::template Weights<bits>;
     static constexpr bool is_integer = true, has_input_groups = grouped;
-    static constexpr int steps = 8 / bits, block_words = Dot::lanes;
+    static constexpr int lanes = Dot::lanes, steps = 8 / bits, block_words = Dot::lanes;
     template <int M> static constexpr int chains = 1;
     static_assert(Dot::lanes == Simd::lanes, "scales are vectors of floats");
 

@@ -2,7 +2,7 @@
 // order the inputs have to lie.
 //
 // A way offers
-//   block_words, steps: words of a block, and codes of each of its lanes (which share a scale);
+//   lanes, steps, block_words: how many runs of codes that share a scale a block has, and of how many codes; its words;
 //   Input: float, uint16_t for bfloat16 numbers as they are, or int8_t for codes;
 //   arrange(in, j, out): the inputs of the j-th codes of all lanes, from a block's inputs in their own order;
 //   load<M>(words), at<j>(loaded): the j-th values of all lanes, for M inputs;
@@ -101,7 +101,8 @@ enum Pairing : char { no_pairs, whole_pairs, split_pairs };
 
 inline Pairing pairing(const hfl_matrix& w, int type) {
 #if defined(HFL_PAIRS)
-    if (type != HFL_BFLOAT16 || w.packing != HFL_DENSE || w.bits == 7) return no_pairs;
+    if (type != HFL_BFLOAT16 || w.bits == 7) return no_pairs;
+    if (w.packing == HFL_BASE3) return InDigitPairs::fits(w) ? whole_pairs : no_pairs;
     if (is_bfloat16(w)) return whole_pairs;
     return w.bits < 7 && is_finite(w) ? split_pairs : no_pairs;
 #else
@@ -112,7 +113,12 @@ inline Pairing pairing(const hfl_matrix& w, int type) {
 
 // Calls use(Type<a way>) with the best way for this matrix.
 template <class Use> void with_way(const hfl_matrix& w, Pairing pairs, Use use) {
-    if (w.packing == HFL_BASE3) return use(Type<InDigits>());
+    if (w.packing == HFL_BASE3) {
+#if defined(HFL_PAIRS)
+        if (pairs) return use(Type<InDigitPairs>());
+#endif
+        return use(Type<InDigits>());
+    }
     with_values(w, [&](auto bits, auto decoder) {
         constexpr int width = decltype(bits)::value, by = decltype(decoder)::value;
 #if defined(HFL_PAIRS)
