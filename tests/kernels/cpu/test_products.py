@@ -203,7 +203,7 @@ def test_infinite_inputs_keep_their_sign(value: float, name: str, instruction_se
 @pytest.mark.parametrize("name", ("nf4", "nf4-zero", "nf3", "power5", "fitted3", "int4", "float8_e4m3fn"))
 @pytest.mark.parametrize("tokens", (1, 4))
 def test_values_are_not_rounded_to_the_type_of_the_inputs(name: str, tokens: int, instruction_set: str) -> None:
-    """What is left where products cancel shows it: bfloat16 values would be wrong by four times as much as is allowed."""
+    """What is left where products cancel shows it: bfloat16 values would be wrong by more than is allowed."""
     packed = random_packed(2000, 32, **FORMATS[name])
     x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     matrix = cpu.describe(packed)

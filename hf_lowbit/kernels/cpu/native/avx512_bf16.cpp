@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "simd_avx512.h"
 #include "pairs_avx512.h"
+#include "digit_pairs_avx512.h"
 #include "gemv.h"
 #include "panels_bfloat16.h"
 

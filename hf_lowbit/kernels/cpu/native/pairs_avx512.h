@@ -159,48 +159,4 @@ struct InBytePairs : Pairs<4> {
     template <int j> HFL_INLINE static __m512i at(const Loaded& loaded) { return loaded.pair[j]; }
 };
 
-// Base 3, five digits in a byte, in rows of one scale: a byte in each half of a lane. Of b / 3^j, rounded down, a table
-// gives what the last digit stands for; it has room for j >= 2. Of b * 2^16 / 3^(j + 1) the lowest 16 bits are the part
-// behind the point, whose first five bits tell the digits apart that j <= 1 leaves.
-struct InDigitPairs : PairSums {
-    static constexpr int steps = 5, lanes = 2 * Simd::lanes, block_words = lanes / 4;
-
-    __m512i last, first[2];
-    explicit InDigitPairs(const hfl_matrix& w) {
-        alignas(64) uint16_t of_last[32], of_first[2][32] = {};
-        for (int q = 0; q < 32; q++) of_last[q] = to_bfloat16(w.table[q % 3]);
-        for (int rest = 0; rest < 9; rest++) of_first[1][top(rest * reciprocal(1))] = to_bfloat16(w.table[rest / 3]);
-        for (int rest = 0; rest < 3; rest++) of_first[0][top(rest * reciprocal(0))] = to_bfloat16(w.table[rest]);
-        last = _mm512_load_si512(of_last);
-        for (int j = 0; j < 2; j++) first[j] = _mm512_load_si512(of_first[j]);
-    }
-    static bool fits(const hfl_matrix& w) { return w.groups == 1 && is_bfloat16(w); }
-    static void arrange(const uint16_t* in, int j, float* out) {
-        uint16_t of_bytes[lanes];
-        for (int i = 0; i < lanes; i++) of_bytes[i] = in[i * steps + j];
-        std::memcpy(out, of_bytes, sizeof of_bytes);
-    }
-    template <int M> HFL_INLINE static __m512i load(const uint32_t* p) {
-        return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    }
-    template <int j> HFL_INLINE __m512i at(__m512i bytes) const {
-        if constexpr (j >= 2) {
-            const __m512i quotient = _mm512_mulhi_epu16(bytes, _mm512_set1_epi16(reciprocal(j - 1)));
-            return _mm512_permutexvar_epi16(quotient, last);
-        } else {
-            const __m512i fraction = _mm512_mullo_epi16(bytes, _mm512_set1_epi16(reciprocal(j)));
-            return _mm512_permutexvar_epi16(_mm512_srli_epi16(fraction, fraction_bits), first[j]);
-        }
-    }
-
-  private:
-    static constexpr int fraction_bits = 11;
-    static constexpr int reciprocal(int j) {  // 2^16 / 3^(j + 1), rounded up: exact for bytes
-        int power = 3;
-        for (; j > 0; j--) power *= 3;
-        return (65536 + power - 1) / power;
-    }
-    static int top(int fraction) { return (fraction & 0xffff) >> fraction_bits; }
-};
-
 }  // namespace
