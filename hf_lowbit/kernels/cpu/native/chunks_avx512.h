@@ -64,7 +64,11 @@ template <int bits> struct ChunkTable {
         }
         if constexpr (bits == 4)
             return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-        return _mm512_permutexvar_epi8(bytes, _mm512_maskz_loadu_epi32((1u << bits) - 1, p));
+        constexpr uint8_t here = (1u << bits) - 1;  // of as small a vector as holds them: it crosses fewer cache lines
+        __m512i all;
+        if constexpr (bits <= 4) all = _mm512_castsi128_si512(_mm_maskz_loadu_epi32(here, p));
+        else all = _mm512_castsi256_si512(_mm256_maskz_loadu_epi32(here, p));
+        return _mm512_permutexvar_epi8(bytes, all);
     }
 };
 
