@@ -102,7 +102,7 @@ def measure(
     """Microseconds of one product in each way, and bandwidths.
 
     Args:
-        rounds: of packed products in a row, of which there are five.
+        rounds: how many packed products follow each other before what they are compared to has its turn, five times.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in cold[0].tensors().values())
     halves, full, half = [weight.bfloat16() for weight in floats], x.float(), x.bfloat16()

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_lowbit.formats import ActivationSpec, PackedTensor, decode
+from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec, decode, pack_codes
+from hf_lowbit.formats.packed import to_bits
 from hf_lowbit.kernels import cpu, packed_linear, packed_linears
 from tests.kernels.cpu.matrices import FORMATS, random_packed
 
@@ -197,7 +198,7 @@ def test_infinite_inputs_keep_their_sign(value: float, name: str, instruction_se
     assert matrix is not None
     (y,) = cpu.linear(x, [matrix])
     weight = decode(packed)[:, 7]
-    assert torch.equal(y[0][weight != 0].float(), (weight[weight != 0] * value))
+    assert torch.equal(y[0][weight != 0].float(), weight[weight != 0] * value)
 
 
 @pytest.mark.parametrize("name", ("nf4", "nf4-zero", "nf3", "power5", "fitted3", "int4", "float8_e4m3fn"))
@@ -214,6 +215,20 @@ def test_values_are_not_rounded_to_the_type_of_the_inputs(name: str, tokens: int
     if packed.zero_point is not None:
         allowed = allowed + 2**-20 * x.double().abs().sum(-1, keepdim=True)
     assert bool(((y.double() - exact).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_every_byte_of_base_three_has_its_digits(dtype: torch.dtype, instruction_set: str) -> None:
+    """A row of each byte times the unit vectors."""
+    columns = 165  # a block, and a part of one
+    digits = torch.arange(243)[:, None] // 3 ** torch.arange(5) % 3
+    spec = WeightSpec(**FORMATS["ternary-base3"])
+    codes = pack_codes(digits.repeat(1, columns // 5).to(torch.uint8), spec.bits, spec.packing)
+    packed = PackedTensor(codes, to_bits(torch.ones(1, 1), spec.scale_dtype), spec, columns)
+    matrix = cpu.describe(packed)
+    assert matrix is not None
+    (y,) = cpu.linear(torch.eye(columns, dtype=dtype), [matrix])
+    assert torch.equal(y.t(), digits.repeat(1, columns // 5).to(dtype) - 1)
 
 
 def test_several_matrices_in_one_call(instruction_set: str) -> None:

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "kernels.h"
-#include "pages.h"
+#include "page_prefetch.h"
 #include "threads.h"
 
 hfl_runner hfl_run = nullptr;
@@ -171,7 +171,7 @@ uint64_t hfl_read(const void* data, int64_t bytes, int threads) {
         for (int64_t page = first; page < last; page++) {
             const char* at = static_cast<const char*>(data) + page * page_bytes;
             const int64_t words = std::min(bytes - page * page_bytes, page_bytes) / 8;
-            ask_for_pages(at, page_bytes);
+            prefetch_pages(at, page_bytes);
             for (int64_t i = 0; i + 8 <= words; i += 8) {
                 uint64_t eight[8];
                 std::memcpy(eight, at + i * 8, 64);

@@ -7,7 +7,7 @@
 
 #include "decode.h"
 #include "inputs.h"
-#include "pages.h"
+#include "page_prefetch.h"
 #include "rows.h"
 #include "ways.h"
 
@@ -69,7 +69,7 @@ template <class Way, int M> class TileProduct {
         const int64_t whole = is_within ? last : std::min(last, w_.words / Way::block_words);
         const uint32_t* words = w_.codes + row * w_.words;
         if constexpr (M == 1)  // what more inputs wait for is arithmetic
-            ask_for_pages(words + first * Way::block_words + words_ahead, R * (last - first) * Way::block_words * 4);
+            prefetch_pages(words + first * Way::block_words + words_ahead, R * (last - first) * Way::block_words * 4);
         add_scaled<R>(words + first * Way::block_words, w_.words, at, first, whole);
         if (whole == last) return;
         uint32_t tail[R * Way::block_words] = {};  // the last block is not all there

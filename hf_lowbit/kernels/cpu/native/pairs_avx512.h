@@ -48,9 +48,9 @@ template <int codes> struct Pairs : PairSums {
 
 // A value as a bfloat16 number and what that leaves, rounded to another: sixteen significant bits. Both have its sign, and
 // what is left is not zero, so that infinite inputs give what they give with the value itself.
-struct Halves {
+struct SplitBfloat16 {
     uint16_t high, low;
-    explicit Halves(float value) : high(static_cast<uint16_t>(bits_of(value) >> 16)) {
+    explicit SplitBfloat16(float value) : high(static_cast<uint16_t>(bits_of(value) >> 16)) {
         constexpr uint16_t least = 0x0080, sign = 0x8000;  // of normal numbers
         low = to_bfloat16(value - from_bfloat16(high));
         if ((low & ~sign) < least) low = static_cast<uint16_t>((high & sign) | (value != 0 ? least : 0));
@@ -88,7 +88,7 @@ template <int bits> struct InPairs : Pairs<Lane<bits>::codes> {
     }
     template <int M> HFL_INLINE static Loaded load(const uint32_t* p) {
         Simd::Int lane[words];
-        load_lanes<words, true>(p, lane);
+        load_lanes<words, true>(p, lane);  // measured: for several inputs, too
         Loaded loaded;
         if constexpr (words == 1) loaded.half[0] = lane[0];
         else
@@ -116,8 +116,8 @@ template <int bits> struct InSplitPairs : InPairs<bits> {
 
     Whole low;
     explicit InSplitPairs(const hfl_matrix& w)
-        : Whole(w, [](float value) { return Halves(value).high; }),
-          low(w, [](float value) { return Halves(value).low; }) {}
+        : Whole(w, [](float value) { return SplitBfloat16(value).high; }),
+          low(w, [](float value) { return SplitBfloat16(value).low; }) {}
     template <int j> HFL_INLINE Value at(const typename Whole::Loaded& loaded) const {
         return {Whole::template at<j>(loaded), low.template at<j>(loaded)};
     }
@@ -126,7 +126,7 @@ template <int bits> struct InSplitPairs : InPairs<bits> {
     }
 };
 
-// Bytes: the two bytes of 64 bfloat16 numbers are looked up one plane at a time. For such tables, too.
+// Bytes, by tables that bfloat16 holds exactly: the two bytes of 64 such numbers are looked up one plane at a time.
 struct InBytePairs : Pairs<4> {
     static constexpr int block_words = Simd::lanes;
     struct Loaded { __m512i pair[2]; };

@@ -115,7 +115,7 @@ inline Pairing pairing(const hfl_matrix& w, int type) {
 template <class Use> void with_way(const hfl_matrix& w, Pairing pairs, Use use) {
     if (w.packing == HFL_BASE3) {
 #if defined(HFL_PAIRS)
-        if (pairs) return use(Type<InDigitPairs>());
+        if (pairs == whole_pairs) return use(Type<InDigitPairs>());
 #endif
         return use(Type<InDigits>());
     }

@@ -7,8 +7,8 @@ namespace {
 
 constexpr int64_t page_bytes = 4096, pages_ahead = 4;
 
-// Asks for the first line of every page that begins within so many bytes, some pages further on.
-inline void ask_for_pages(const void* from, int64_t bytes) {
+// Of every page that begins within so many bytes, some pages further on, the first line.
+inline void prefetch_pages(const void* from, int64_t bytes) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(from) + pages_ahead * page_bytes;
     for (uintptr_t page = (begin + page_bytes - 1) & -page_bytes; page < begin + bytes; page += page_bytes)
         __builtin_prefetch(reinterpret_cast<const void*>(page), 0, 1);
