@@ -5,10 +5,13 @@ python -m benchmarks.crossovers
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 import hf_lowbit
-from benchmarks.speed_cpu import random_packed, seconds
+from benchmarks.speed_cpu import microseconds, random_packed
 from hf_lowbit.formats import WeightSpec
 from hf_lowbit.kernels import cpu
 from hf_lowbit.kernels.tiles import tiled_product
@@ -23,9 +26,7 @@ SPECS = {
 
 def compare(x: torch.Tensor, matrix: cpu.Matrix) -> str:
     """Milliseconds both ways."""
-    registers = 1e3 * seconds(lambda _: cpu.linear(x, [matrix]), 5)
-    tiles = 1e3 * seconds(lambda _: tiled_product(x, matrix), 5)
-    return f"registers {registers:7.2f} ms, tiles {tiles:7.2f} ms"
+    return milliseconds({"registers": lambda _: cpu.linear(x, [matrix]), "tiles": lambda _: tiled_product(x, matrix)})
 
 
 def compare_convolution(channels: int, size: int) -> str:
@@ -34,9 +35,18 @@ def compare_convolution(channels: int, size: int) -> str:
     packed = hf_lowbit.quantize(floats, RTNConfig(bits=4, group_size=32))[0]
     x = torch.randn(1, channels, size + 2, size + 2)
     with torch.no_grad():
-        decoded = 1e3 * seconds(lambda _: packed._convolve_decoded(x), 5)
-        unfolded = 1e3 * seconds(lambda _: packed._convolve_patches(x, (size, size)), 5)
-    return f"decoded {decoded:7.2f} ms, unfolded {unfolded:7.2f} ms"
+        return milliseconds(
+            {
+                "decoded": lambda _: packed._convolve_decoded(x),
+                "unfolded": lambda _: packed._convolve_patches(x, (size, size)),
+            }
+        )
+
+
+def milliseconds(calls: dict[str, Callable[[int], Any]]) -> str:
+    """Of ways that take turns."""
+    times = microseconds(calls, dict.fromkeys(calls, 1), blocks=5)
+    return ", ".join(f"{name} {1e-3 * time:7.2f} ms" for name, time in times.items())
 
 
 def main() -> None:
