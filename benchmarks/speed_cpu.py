@@ -26,6 +26,7 @@ from hf_lowbit.kernels.cpu.products import read_bytes
 from hf_lowbit.kernels.routes import multiplies_fast
 
 COLD_BYTES = 256 << 20
+ROUNDS = {1: 40, 8: 4}  # of packed products, by tokens
 FORMATS: dict[str, dict[str, Any]] = {
     "int2 g64": {"bits": 2, "group_size": 64},
     "int3 g64": {"bits": 3, "group_size": 64},
@@ -90,7 +91,7 @@ def kernels(inputs: torch.dtype, large_pages: bool) -> list[dict[str, Any]]:
                 packed_linear(torch.zeros(1, columns, dtype=inputs), packed)
             for tokens in (1, 8, 128, 512):
                 x = torch.randn(tokens, columns).to(inputs)
-                result = measure(cold, floats, x, memory, rounds=12 if tokens == 1 else 2 if tokens < 512 else 1)
+                result = measure(cold, floats, x, memory, ROUNDS.get(tokens, 1))
                 results.append({"shape": [rows, columns], "format": name, "tokens": tokens, **result})
                 print(f"{rows}x{columns} {name:18} {tokens:4} tokens: {describe(result)}", flush=True)
     return results
@@ -102,7 +103,8 @@ def measure(
     """Microseconds of one product in each way, and bandwidths.
 
     Args:
-        rounds: how many packed products follow each other before what they are compared to has its turn, five times.
+        rounds: how many packed products follow each other before what they are compared to has its turn, five times. As
+            in decoding, many of one token: the first ones wait for code, too, that other work has pushed out of caches.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in cold[0].tensors().values())
     halves, full, half = [weight.bfloat16() for weight in floats], x.float(), x.bfloat16()
