@@ -17,16 +17,17 @@ struct Bfloat16StepInputs {
     StepInputs steps;
 
     template <class Decoder>
-    Bfloat16StepInputs(Type<Decoder>, const hfl_matrix& w, const uint16_t* x, int64_t stride, int64_t m)
+    Bfloat16StepInputs(Type<Decoder>, const hfl_matrix& w, const uint16_t* x, int64_t stride, int64_t m, int threads)
         : steps(m, w.columns / codes) {
         alignas(64) uint16_t from[codes];
         for (int e = 0; e < codes; e++) from[e] = static_cast<uint16_t>(Decoder::position(e));
         const __m512i order = _mm512_load_si512(from);
-        for (int64_t i = 0; i < m; i++)
+        steps.arrange_all(w.columns / codes, threads, [&](int64_t i) {
             for (int64_t s = 0; s < w.columns / codes; s++) {
                 const __m512i values = _mm512_loadu_si512(x + i * stride + s * codes);
                 _mm512_store_si512(steps.at(s, i), _mm512_permutexvar_epi16(order, values));
             }
+        });
     }
 };
 
@@ -91,7 +92,7 @@ inline int linear_bfloat16_panels(const hfl_matrix* const* matrices, int count, 
     multiply_panels<Bfloat16Rows, Bfloat16StepInputs>(
         matrices, count, m, y, HFL_BFLOAT16, threads, [](const hfl_matrix& w, auto use) { with_chunks(w, use); },
         [&](auto decoder, const hfl_matrix& w, int64_t m0, int64_t n) {
-            return Bfloat16StepInputs(decoder, w, static_cast<const uint16_t*>(x) + m0 * stride, stride, n);
+            return Bfloat16StepInputs(decoder, w, static_cast<const uint16_t*>(x) + m0 * stride, stride, n, threads);
         },
         [](const hfl_matrix& a, const hfl_matrix& b) { return a.bits == b.bits; });
     return 0;

@@ -34,7 +34,8 @@ struct ByteStepInputs {
     Aligned<float> scale;      // [1 or group, input]
 
     template <class Decoder>
-    ByteStepInputs(Type<Decoder>, const hfl_matrix& w, const int8_t* x, const float* x_scale, int64_t x_groups, int64_t m)
+    ByteStepInputs(Type<Decoder>, const hfl_matrix& w, const int8_t* x, const float* x_scale, int64_t x_groups, int64_t m,
+                   int threads)
         : steps(m, w.columns / byte_codes), grouped(x_groups > 1),
           before((w.columns / byte_codes + 1) * steps.padded), scale(x_groups * steps.padded) {
         alignas(64) uint8_t from[byte_codes];
@@ -42,7 +43,7 @@ struct ByteStepInputs {
         const __m512i order = _mm512_load_si512(from), sign = _mm512_set1_epi8(-128);
         std::fill(before.data(), before.data() + (w.columns / byte_codes + 1) * steps.padded, 0u);
         std::fill(scale.data(), scale.data() + x_groups * steps.padded, 0.0f);
-        for (int64_t i = 0; i < m; i++) {
+        steps.arrange_all(w.columns / byte_codes, threads, [&](int64_t i) {
             uint32_t sum = 0;
             for (int64_t s = 0; s < w.columns / byte_codes; s++) {
                 const __m512i codes = _mm512_loadu_si512(x + i * w.columns + s * byte_codes);
@@ -53,7 +54,7 @@ struct ByteStepInputs {
             }
             before.data()[w.columns / byte_codes * steps.padded + i] = sum;
             for (int64_t g = 0; g < x_groups; g++) scale.data()[g * steps.padded + i] = x_scale[i * x_groups + g];
-        }
+        });
     }
 };
 
@@ -161,7 +162,8 @@ inline int linear_byte_panels(const hfl_matrix* const* matrices, int count, cons
         matrices, count, m, y, type, threads,
         [](const hfl_matrix& w, auto use) { with_byte_decoder<ByteDecoder>(w, use); },
         [&](auto decoder, const hfl_matrix& w, int64_t m0, int64_t n) {
-            return ByteStepInputs(decoder, w, x + m0 * w.columns, x_scale + m0 * x_groups, x_groups, n);
+            return ByteStepInputs(decoder, w, x + m0 * w.columns, x_scale + m0 * x_groups, x_groups, n,
+                                  threads);
         },
         [](const hfl_matrix& a, const hfl_matrix& b) { return a.bits == b.bits; });
     return 0;
