@@ -255,7 +255,7 @@ int main() {
         for (int64_t columns : {1, 21, 160}) check(Packed(7, columns, 1, 2, HFL_BASE3, HFL_NO_ZERO, HFL_TABLE).matrix, 3, 2);
         const Packed large(512, 4096, 64, 4, HFL_DENSE, HFL_NO_ZERO, HFL_INTEGER);  // enough work for several pieces
         check(large.matrix, 4, 2);
-        check(Packed(70, 1024, 8, 4, HFL_DENSE, HFL_REAL_ZERO, HFL_INTEGER).matrix, 270, 2);  // inputs in two parts
+        check(Packed(70, 1024, 8, 4, HFL_DENSE, HFL_REAL_ZERO, HFL_INTEGER).matrix, 530, 2);  // inputs in two parts
         check_mixers();
         for (bool by_levels : {false, true})
             for (int64_t size : {1, 16, 33, 64}) check_rounding(5, 3, size, by_levels);

@@ -44,7 +44,7 @@ def test_equals_the_reference(name: str, group_size: int | str | None, instructi
         assert matrix is not None
         for dtype, tolerance in TOLERANCE.items():
             assert torch.equal(cpu.decode_rows(matrix, slice(None), dtype), decode(packed, dtype))
-            many = (16, 65, 130, 259) if cpu.multiplies_many(matrix, dtype) else ()
+            many = (16, 65, 130, 515) if cpu.multiplies_many(matrix, dtype) else ()
             for tokens in (1, 2, 5, 8, 13, *many):
                 x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
                 x = (x / 128).to(dtype)  # sums of e5m2 values must fit float16
@@ -65,7 +65,7 @@ def test_integer_sums_are_exact(name: str, group_size: int | None, instruction_s
     assert cpu.multiplies_int8(matrix) == (integers and whole_bytes)
     if not cpu.multiplies_int8(matrix):
         return
-    for tokens in (6, 70, 150, 259):  # in one pass, in one of many, in several
+    for tokens in (6, 70, 150, 515):  # in one pass, in one of many, in several
         shape = (tokens, packed.columns)
         codes = torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(1))
         scale = torch.rand(tokens, 1) + 0.5

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "kernels.h"
-#include "page_prefetch.h"
+#include "prefetch.h"
 #include "threads.h"
 
 hfl_runner hfl_run = nullptr;

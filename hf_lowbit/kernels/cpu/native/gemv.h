@@ -7,7 +7,7 @@
 
 #include "decode.h"
 #include "inputs.h"
-#include "page_prefetch.h"
+#include "prefetch.h"
 #include "rows.h"
 #include "ways.h"
 
@@ -37,9 +37,6 @@ template <class Way, int M> class TileProduct {
     static constexpr bool is_small = sizeof(Loaded) <= 3 * sizeof(Float);  // else they do not fit into registers
     static constexpr int rows_together = M == 1 && is_small ? Simd::rows_together : 1;
     static constexpr int block = Way::steps * Simd::lanes;  // of inputs, or pairs of them
-    // One input reads codes once. They leave no trace in the larger caches, where what runs between products lies: 4 to
-    // 10 % of a language model's token. More inputs may have to read them again.
-    static constexpr int kept_in_caches = M == 1 ? 0 : 3;
     static constexpr int64_t first_level_bytes = Simd::lanes * 2048;  // of inputs, in the first-level cache
     static constexpr int64_t block_bytes = (block + Way::is_integer * Simd::lanes) * M * 4;  // with where sums start
     static constexpr int64_t stretch = std::max<int64_t>(1, first_level_bytes / block_bytes);  // of blocks
@@ -103,7 +100,8 @@ template <class Way, int M> class TileProduct {
         const int32_t *groups = geometry_.first.data(), *lanes = geometry_.lane.data();
         // Rows that come next, in the order in which they lie, which memory answers fastest.
         const uint32_t* next = words + ((words_ahead - 1) / (R * row_words) + 1) * R * row_words;
-        const Way way = way_;  // in registers
+        const bool pass_caches = M == 1 && passes_;  // more inputs may have to read codes again
+        const Way way = way_;                        // in registers
         const float* scale[R];
         Float total[sums];
         Sum sum[sums * chains];
@@ -117,7 +115,9 @@ template <class Way, int M> class TileProduct {
         for (int k = sums; k < sums * chains; k++) sum[k] = Way::zero();
         const int32_t* starts = x_.starts_of(m0_, M, first);
         for (int64_t b = first; b < last; b++, words += Way::block_words, inputs += block * M) {
-            for (int k = 0; k < R * Way::block_words; k += 16) __builtin_prefetch(next + k, 0, kept_in_caches);
+            for (int k = 0; k < R * Way::block_words; k += 16)
+                if (pass_caches) __builtin_prefetch(next + k, 0, 0);
+                else __builtin_prefetch(next + k);
             next += R * Way::block_words;
             if constexpr (scaling == per_row) {
                 add_block<R, chains>(way, words, row_words, inputs, sum);
@@ -203,6 +203,7 @@ template <class Way, int M> class TileProduct {
     float value_shift_;
     RowScales scales_;
     const bool reads_on_;  // beyond the end of a row
+    const bool passes_ = codes_pass_caches();
     Float total_[rows][M];  // of scaled blocks
     Sum sum_[rows][M];      // where rows have one scale
 };
