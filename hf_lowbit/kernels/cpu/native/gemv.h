@@ -5,7 +5,6 @@
 #include <utility>
 #include <vector>
 
-#include "decode.h"
 #include "inputs.h"
 #include "prefetch.h"
 #include "rows.h"
@@ -14,6 +13,11 @@
 namespace {
 
 constexpr int tile_rows = 16;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool is_sanitized = true;
+#else
+constexpr bool is_sanitized = false;
+#endif
 constexpr int64_t words_ahead = 2048;  // of codes, at least: memory takes as long to answer
 
 // Rows of y = x w^T for the inputs m0..m0+M, in tiles of sixteen. A few rows go together: they share inputs in registers,
@@ -62,6 +66,13 @@ template <class Way, int M> class TileProduct {
         }
     }
 
+    // use(what counts to n), by constants, which keep what they count in registers, where it is worth the compiler's time.
+    template <int n, class Use> HFL_INLINE static void over(Use&& use) {
+        struct Index { int value; };
+        if constexpr (M == 1 && !is_sanitized) repeat<n>(use);
+        else for (int i = 0; i < n; i++) use(Index{i});
+    }
+
     // Adds blocks first..last of R rows, which are those of the tile from `at` on.
     template <int R> void add_blocks(int64_t row, int64_t at, int64_t first, int64_t last) {
         // Words beyond a row are the next one's, and their inputs are zeros; beyond the matrix there are none.
@@ -105,14 +116,19 @@ template <class Way, int M> class TileProduct {
         const float* scale[R];
         Float total[sums];
         Sum sum[sums * chains];
-        for (int r = 0; r < R; r++) {
-            scale[r] = scales_.scale.data() + scales_.begin(at + r);
-            for (int m = 0; m < M; m++) {
-                total[r * M + m] = total_[at + r][m];
-                sum[r * M + m] = sum_[at + r][m];
-            }
-        }
-        for (int k = sums; k < sums * chains; k++) sum[k] = Way::zero();
+        over<R>([&](auto r) HFL_INLINE {
+            scale[r.value] = scales_.scale.data() + scales_.begin(at + r.value);
+            over<M>([&](auto m) HFL_INLINE {
+                total[r.value * M + m.value] = total_[at + r.value][m.value];
+                sum[r.value * M + m.value] = sum_[at + r.value][m.value];
+            });
+        });
+        over<sums * (chains - 1)>([&](auto k) HFL_INLINE { sum[sums + k.value] = Way::zero(); });
+        auto add_chains = [&]() HFL_INLINE {
+            over<sums * (chains - 1)>([&](auto k) HFL_INLINE {
+                sum[k.value % sums] = Way::add(sum[k.value % sums], sum[sums + k.value]);
+            });
+        };
         const int32_t* starts = x_.starts_of(m0_, M, first);
         for (int64_t b = first; b < last; b++, words += Way::block_words, inputs += block * M) {
             for (int k = 0; k < R * Way::block_words; k += 16)
@@ -123,48 +139,50 @@ template <class Way, int M> class TileProduct {
                 add_block<R, chains>(way, words, row_words, inputs, sum);
                 continue;
             }
-            for (int k = 0; k < sums * chains; k++) sum[k] = k < sums ? start(starts, k % M) : Way::zero();
+            over<sums * chains>([&](auto k) HFL_INLINE {
+                sum[k.value] = k.value < sums ? start(starts, k.value % M) : Way::zero();
+            });
             starts += M * Simd::lanes;
             add_block<R, chains>(way, words, row_words, inputs, sum);
-            for (int k = sums; k < sums * chains; k++) sum[k % sums] = Way::add(sum[k % sums], sum[k]);
+            add_chains();
             auto of_lanes = [&](const float* of_groups) HFL_INLINE {
                 if constexpr (scaling == per_block) return Simd::set(of_groups[groups[b]]);
                 return Simd::permute(Simd::load(of_groups + groups[b]), Simd::load_int(lanes + b * Simd::lanes));
             };
-            for (int r = 0; r < R; r++) {
-                const Float factor = of_lanes(scale[r]);
-                for (int m = 0; m < M; m++) {
-                    Float value = Way::to_float(sum[r * M + m]);
-                    if constexpr (Way::has_input_groups) value = Simd::multiply(value, of_lanes(x_.scales(m0_ + m)));
-                    total[r * M + m] = Simd::multiply_add(value, factor, total[r * M + m]);
-                }
-            }
+            over<R>([&](auto r) HFL_INLINE {
+                const Float factor = of_lanes(scale[r.value]);
+                over<M>([&](auto m) HFL_INLINE {
+                    const int k = r.value * M + m.value;
+                    Float value = Way::to_float(sum[k]);
+                    if constexpr (Way::has_input_groups) value = Simd::multiply(value, of_lanes(x_.scales(m0_ + m.value)));
+                    total[k] = Simd::multiply_add(value, factor, total[k]);
+                });
+            });
         }
-        if constexpr (scaling == per_row)
-            for (int k = sums; k < sums * chains; k++) sum[k % sums] = Way::add(sum[k % sums], sum[k]);
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++) {
-                total_[at + r][m] = total[r * M + m];
-                sum_[at + r][m] = sum[r * M + m];
-            }
+        if constexpr (scaling == per_row) add_chains();
+        over<R>([&](auto r) HFL_INLINE {
+            over<M>([&](auto m) HFL_INLINE {
+                total_[at + r.value][m.value] = total[r.value * M + m.value];
+                sum_[at + r.value][m.value] = sum[r.value * M + m.value];
+            });
+        });
     }
 
     // Adds a block's values times the inputs to sum[(chain * R + row) * M + m].
     template <int R, int chains>
     HFL_INLINE static void add_block(const Way& way, const uint32_t* words, int64_t row_words, const float* in, Sum* sum) {
         Loaded loaded[R];
-        for (int r = 0; r < R; r++) loaded[r] = way.template load<M>(words + r * row_words);
-        repeat(
-            [&](auto j) HFL_INLINE {
-                Sum* chain = sum + j.value % chains * R * M;
-                for (int r = 0; r < R; r++) {
-                    const auto v = way.template at<decltype(j)::value>(loaded[r]);
-                    for (int m = 0; m < M; m++)
-                        chain[r * M + m] =
-                            Way::multiply_add(v, in + (j.value * M + m) * Simd::lanes, chain[r * M + m]);
-                }
-            },
-            std::make_integer_sequence<int, Way::steps>());
+        over<R>([&](auto r) HFL_INLINE { loaded[r.value] = way.template load<M>(words + r.value * row_words); });
+        repeat<Way::steps>([&](auto j) HFL_INLINE {
+            Sum* chain = sum + j.value % chains * R * M;
+            over<R>([&](auto r) HFL_INLINE {
+                const auto v = way.template at<decltype(j)::value>(loaded[r.value]);
+                over<M>([&](auto m) HFL_INLINE {
+                    Sum& own = chain[r.value * M + m.value];
+                    own = Way::multiply_add(v, in + (j.value * M + m.value) * Simd::lanes, own);
+                });
+            });
+        });
     }
 
     // The results of the tile's first `count` rows for its m-th input.
@@ -226,33 +244,6 @@ void multiply_batch(const hfl_matrix& w, const Geometry& geometry, const Inputs&
     }
 }
 
-// Layouts whose groups cut lanes: a row is decoded into the first-level cache, then multiplied.
-inline void multiply_decoded(const hfl_matrix& w, const void* x, int x_type, int64_t m, int64_t stride, int64_t first,
-                             int64_t last, void* y, int type) {
-    RowDecoder decode_row(w);
-    std::vector<float> row(static_cast<size_t>(w.columns)), in(static_cast<size_t>(m * w.columns));
-    for (int64_t i = 0; i < m; i++) load_floats(in.data() + i * w.columns, x, i * stride, w.columns, x_type);
-    for (int64_t r = first; r < last; r++) {
-        decode_row(r, row.data());
-        for (int64_t i = 0; i < m; i++) {
-            const float* a = in.data() + i * w.columns;
-            Simd::Float total = Simd::zero();
-            int64_t k = 0;
-            for (; k + Simd::lanes <= w.columns; k += Simd::lanes)
-                total = Simd::multiply_add(Simd::load(row.data() + k), Simd::load(a + k), total);
-            float result = Simd::sum(total);
-            for (; k < w.columns; k++) result += row[k] * a[k];
-            store_float(y, i * w.rows + r, result, type);
-        }
-    }
-}
-
-inline bool multiplies_in_lanes(const hfl_matrix& w) {
-    if (!lanes_fit_groups(w)) return false;
-    if (w.packing == HFL_BASE3) return InDigits::fits(w);
-    return !Simd::has_planes || w.bits != 4 || w.groups == 1 || w.columns / w.groups % 32 == 0;
-}
-
 // Products of several matrices. fits(i): whether the i-th has a way, other(i, first, last, y) computes rows of one that
 // has none; alike(i, k): they can share inputs; with_way(i, use) calls use(Type<the way>); make(way, w, geometry): inputs.
 template <class Fits, class Alike, class WithWay, class Make, class Other>
@@ -283,26 +274,6 @@ void multiply_matrices(const hfl_matrix* const* matrices, int count, void* const
             multiply_batch<Way>(*matrices[i], prepared[i]->geometry, prepared[i]->inputs, first, last, y[i], type);
         });
     });
-}
-
-inline int linear(const hfl_matrix* const* matrices, int count, const void* x, int type, int64_t m, int64_t stride,
-                  void* const* y, int threads) {
-    std::vector<Pairing> pairs(static_cast<size_t>(count));
-    for (int i = 0; i < count; i++) pairs[i] = pairing(*matrices[i], type);
-    multiply_matrices(
-        matrices, count, y, type, threads, [&](int i) { return multiplies_in_lanes(*matrices[i]); },
-        [&](int i, int k) {
-            return matrices[k]->decoder == matrices[i]->decoder && matrices[k]->packing == matrices[i]->packing &&
-                   pairs[k] == pairs[i];
-        },
-        [&](int i, auto use) { with_way(*matrices[i], pairs[i], use); },
-        [&](auto way, const hfl_matrix& w, const Geometry& geometry) {
-            return Inputs(way, w, geometry, x, type, m, stride);
-        },
-        [&](int i, int64_t first, int64_t last, void* out) {
-            multiply_decoded(*matrices[i], x, type, m, stride, first, last, out, type);
-        });
-    return 0;
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // The way of bfloat16 inputs where pairs of them are multiplied at once (AVX512-BF16; VBMI2 brings codes together).
 #pragma once
-#define HFL_PAIRS
 #include <immintrin.h>
 
 #include <array>

@@ -63,9 +63,9 @@ HFL_INLINE inline void transpose(__m512i* v) {
     for (int i = 0; i < 16; i++) v[i] = t[i];
 }
 
-// use(constant 0), ... for all sums [input][vector] of a block: compilers keep what constants count in registers.
+// use(constant) for all sums [input][vector] of a block.
 template <int vectors, class Use> HFL_INLINE inline void for_sums(Use&& use) {
-    repeat(use, std::make_integer_sequence<int, block_inputs * vectors>());
+    repeat<block_inputs * vectors>(use);
 }
 
 // Reads the codes of the following steps from memory while a panel is multiplied by its first inputs.
@@ -93,8 +93,7 @@ HFL_INLINE inline void add_products(const char* panel, const char* in, int64_t i
         ahead.fetch(s);
         for (int k = 0; k < step_bytes; k += 4, panel += vectors * 64) {
             __m512i weights[vectors], inputs;
-            repeat([&](auto v) HFL_INLINE { weights[v.value] = _mm512_load_si512(panel + 64 * v.value); },
-                   std::make_integer_sequence<int, vectors>());
+            repeat<vectors>([&](auto v) HFL_INLINE { weights[v.value] = _mm512_load_si512(panel + 64 * v.value); });
             for_sums<vectors>([&](auto i) HFL_INLINE {
                 if constexpr (i.value % vectors == 0) {
                     int32_t input;

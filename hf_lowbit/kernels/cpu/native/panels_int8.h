@@ -94,12 +94,10 @@ template <class Decoder> class ByteRows {
                 part[r] = _mm512_maskz_loadu_epi32(r < count ? these : 0, first + (r < count ? r : 0) * w_.words + at);
             transpose(part);
             for (int q = 0; q < words; q++)
-                repeat(
-                    [&](auto j) HFL_INLINE {
-                        _mm512_store_si512(place<vectors>(panel, (at + q) * Decoder::codes + j.value, v),
-                                           weights.template at<decltype(j)::value>(part[q]));
-                    },
-                    std::make_integer_sequence<int, Decoder::codes>());
+                repeat<Decoder::codes>([&](auto j) HFL_INLINE {
+                    _mm512_store_si512(place<vectors>(panel, (at + q) * Decoder::codes + j.value, v),
+                                       weights.template at<decltype(j)::value>(part[q]));
+                });
         }
     }
 

@@ -22,8 +22,7 @@ template <int bits, int decoder> struct Values;
 template <int words, bool stay> HFL_INLINE inline void load_lanes(const uint32_t* p, Simd::Int* lane) {
     Simd::Int loaded[words];
     for (int q = 0; q < words; q++) loaded[q] = Simd::template load_codes<stay>(p + q * Simd::lanes);
-    repeat([&](auto q) HFL_INLINE { lane[q.value] = Simd::strided<words, decltype(q)::value>(loaded); },
-           std::make_integer_sequence<int, words>());
+    repeat<words>([&](auto q) HFL_INLINE { lane[q.value] = Simd::strided<words, decltype(q)::value>(loaded); });
 }
 
 // j-th codes of all lanes, in the low bits; what lies above them is left to the decoder.

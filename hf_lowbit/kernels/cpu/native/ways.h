@@ -82,11 +82,9 @@ struct InDigits : OneFloat {
         const Simd::Int bytes = Simd::widen(reinterpret_cast<const uint8_t*>(p));
         Loaded loaded;
         loaded.quotient[0] = Simd::to_float(bytes);
-        repeat(
-            [&](auto j) HFL_INLINE {
-                loaded.quotient[j.value + 1] = Simd::to_float(Simd::high_product(bytes, reciprocals[j.value + 1]));
-            },
-            std::make_integer_sequence<int, 4>());
+        repeat<4>([&](auto j) HFL_INLINE {
+            loaded.quotient[j.value + 1] = Simd::to_float(Simd::high_product(bytes, reciprocals[j.value + 1]));
+        });
         return loaded;
     }
     template <int j> HFL_INLINE static Simd::Float at(const Loaded& loaded) {
@@ -96,41 +94,11 @@ struct InDigits : OneFloat {
     static float shift(const hfl_matrix& w) { return -w.table[0]; }
 };
 
-// Whether pairs of bfloat16 inputs are multiplied at once: by one bfloat16 number for each value, or by two.
-enum Pairing : char { no_pairs, whole_pairs, split_pairs };
-
-inline Pairing pairing(const hfl_matrix& w, int type) {
-#if defined(HFL_PAIRS)
-    if (type != HFL_BFLOAT16 || w.bits == 7) return no_pairs;
-    if (w.packing == HFL_BASE3) return InDigitPairs::fits(w) ? whole_pairs : no_pairs;
-    if (is_bfloat16(w)) return whole_pairs;
-    return w.bits < 7 && is_finite(w) ? split_pairs : no_pairs;
-#else
-    (void)w, (void)type;
-    return no_pairs;
-#endif
-}
-
 // Calls use(Type<a way>) with the best way for this matrix.
-template <class Use> void with_way(const hfl_matrix& w, Pairing pairs, Use use) {
-    if (w.packing == HFL_BASE3) {
-#if defined(HFL_PAIRS)
-        if (pairs == whole_pairs) return use(Type<InDigitPairs>());
-#endif
-        return use(Type<InDigits>());
-    }
+template <class Use> void with_way(const hfl_matrix& w, Use use) {
+    if (w.packing == HFL_BASE3) return use(Type<InDigits>());
     with_values(w, [&](auto bits, auto decoder) {
         constexpr int width = decltype(bits)::value, by = decltype(decoder)::value;
-#if defined(HFL_PAIRS)
-        if constexpr (width <= 6) {
-            if (pairs == whole_pairs) return use(Type<InPairs<width>>());
-            if (pairs == split_pairs) return use(Type<InSplitPairs<width>>());
-        }
-        if constexpr (width == 8)
-            if (pairs == whole_pairs) return use(Type<InBytePairs>());
-#else
-        (void)pairs;
-#endif
         if constexpr (Simd::has_planes && width == 4 && by == HFL_TABLE) use(Type<InPlanes>());
         else use(Type<InLanes<width, by>>());
     });
