@@ -13,11 +13,6 @@
 namespace {
 
 constexpr int tile_rows = 16;
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool is_sanitized = true;
-#else
-constexpr bool is_sanitized = false;
-#endif
 constexpr int64_t words_ahead = 2048;  // of codes, at least: memory takes as long to answer
 
 // Rows of y = x w^T for the inputs m0..m0+M, in tiles of sixteen. A few rows go together: they share inputs in registers,
@@ -66,13 +61,6 @@ template <class Way, int M> class TileProduct {
         }
     }
 
-    // use(what counts to n), by constants, which keep what they count in registers, where it is worth the compiler's time.
-    template <int n, class Use> HFL_INLINE static void over(Use&& use) {
-        struct Index { int value; };
-        if constexpr (M == 1 && !is_sanitized) repeat<n>(use);
-        else for (int i = 0; i < n; i++) use(Index{i});
-    }
-
     // Adds blocks first..last of R rows, which are those of the tile from `at` on.
     template <int R> void add_blocks(int64_t row, int64_t at, int64_t first, int64_t last) {
         // Words beyond a row are the next one's, and their inputs are zeros; beyond the matrix there are none.
@@ -116,19 +104,14 @@ template <class Way, int M> class TileProduct {
         const float* scale[R];
         Float total[sums];
         Sum sum[sums * chains];
-        over<R>([&](auto r) HFL_INLINE {
-            scale[r.value] = scales_.scale.data() + scales_.begin(at + r.value);
-            over<M>([&](auto m) HFL_INLINE {
-                total[r.value * M + m.value] = total_[at + r.value][m.value];
-                sum[r.value * M + m.value] = sum_[at + r.value][m.value];
-            });
-        });
-        over<sums * (chains - 1)>([&](auto k) HFL_INLINE { sum[sums + k.value] = Way::zero(); });
-        auto add_chains = [&]() HFL_INLINE {
-            over<sums * (chains - 1)>([&](auto k) HFL_INLINE {
-                sum[k.value % sums] = Way::add(sum[k.value % sums], sum[sums + k.value]);
-            });
-        };
+        for (int r = 0; r < R; r++) {
+            scale[r] = scales_.scale.data() + scales_.begin(at + r);
+            for (int m = 0; m < M; m++) {
+                total[r * M + m] = total_[at + r][m];
+                sum[r * M + m] = sum_[at + r][m];
+            }
+        }
+        for (int k = sums; k < sums * chains; k++) sum[k] = Way::zero();
         const int32_t* starts = x_.starts_of(m0_, M, first);
         for (int64_t b = first; b < last; b++, words += Way::block_words, inputs += block * M) {
             for (int k = 0; k < R * Way::block_words; k += 16)
@@ -139,49 +122,44 @@ template <class Way, int M> class TileProduct {
                 add_block<R, chains>(way, words, row_words, inputs, sum);
                 continue;
             }
-            over<sums * chains>([&](auto k) HFL_INLINE {
-                sum[k.value] = k.value < sums ? start(starts, k.value % M) : Way::zero();
-            });
+            for (int k = 0; k < sums * chains; k++) sum[k] = k < sums ? start(starts, k % M) : Way::zero();
             starts += M * Simd::lanes;
             add_block<R, chains>(way, words, row_words, inputs, sum);
-            add_chains();
+            for (int k = sums; k < sums * chains; k++) sum[k % sums] = Way::add(sum[k % sums], sum[k]);
             auto of_lanes = [&](const float* of_groups) HFL_INLINE {
                 if constexpr (scaling == per_block) return Simd::set(of_groups[groups[b]]);
                 return Simd::permute(Simd::load(of_groups + groups[b]), Simd::load_int(lanes + b * Simd::lanes));
             };
-            over<R>([&](auto r) HFL_INLINE {
-                const Float factor = of_lanes(scale[r.value]);
-                over<M>([&](auto m) HFL_INLINE {
-                    const int k = r.value * M + m.value;
-                    Float value = Way::to_float(sum[k]);
-                    if constexpr (Way::has_input_groups) value = Simd::multiply(value, of_lanes(x_.scales(m0_ + m.value)));
-                    total[k] = Simd::multiply_add(value, factor, total[k]);
-                });
-            });
+            for (int r = 0; r < R; r++) {
+                const Float factor = of_lanes(scale[r]);
+                for (int m = 0; m < M; m++) {
+                    Float value = Way::to_float(sum[r * M + m]);
+                    if constexpr (Way::has_input_groups) value = Simd::multiply(value, of_lanes(x_.scales(m0_ + m)));
+                    total[r * M + m] = Simd::multiply_add(value, factor, total[r * M + m]);
+                }
+            }
         }
-        if constexpr (scaling == per_row) add_chains();
-        over<R>([&](auto r) HFL_INLINE {
-            over<M>([&](auto m) HFL_INLINE {
-                total_[at + r.value][m.value] = total[r.value * M + m.value];
-                sum_[at + r.value][m.value] = sum[r.value * M + m.value];
-            });
-        });
+        if constexpr (scaling == per_row)
+            for (int k = sums; k < sums * chains; k++) sum[k % sums] = Way::add(sum[k % sums], sum[k]);
+        for (int r = 0; r < R; r++)
+            for (int m = 0; m < M; m++) {
+                total_[at + r][m] = total[r * M + m];
+                sum_[at + r][m] = sum[r * M + m];
+            }
     }
 
     // Adds a block's values times the inputs to sum[(chain * R + row) * M + m].
     template <int R, int chains>
     HFL_INLINE static void add_block(const Way& way, const uint32_t* words, int64_t row_words, const float* in, Sum* sum) {
         Loaded loaded[R];
-        over<R>([&](auto r) HFL_INLINE { loaded[r.value] = way.template load<M>(words + r.value * row_words); });
+        for (int r = 0; r < R; r++) loaded[r] = way.template load<M>(words + r * row_words);
         repeat<Way::steps>([&](auto j) HFL_INLINE {
             Sum* chain = sum + j.value % chains * R * M;
-            over<R>([&](auto r) HFL_INLINE {
-                const auto v = way.template at<decltype(j)::value>(loaded[r.value]);
-                over<M>([&](auto m) HFL_INLINE {
-                    Sum& own = chain[r.value * M + m.value];
-                    own = Way::multiply_add(v, in + (j.value * M + m.value) * Simd::lanes, own);
-                });
-            });
+            for (int r = 0; r < R; r++) {
+                const auto v = way.template at<decltype(j)::value>(loaded[r]);
+                for (int m = 0; m < M; m++)
+                    chain[r * M + m] = Way::multiply_add(v, in + (j.value * M + m) * Simd::lanes, chain[r * M + m]);
+            }
         });
     }
 
