@@ -30,9 +30,9 @@ int linear_pairs(const hfl_matrix* const* matrices, int count, const Pairing* pa
 
 int linear(const hfl_matrix* const* matrices, int count, const void* x, int type, int64_t m, int64_t stride,
            void* const* y, int threads) {
-    auto all = [&](auto have) { return std::all_of(matrices, matrices + count, [&](auto w) { return have(*w); }); };
     if (type == HFL_BFLOAT16) {
-        if (all([&](const hfl_matrix& w) { return has_chunks(w) && m > few_inputs(w); }))
+        auto is_for_panels = [&](const hfl_matrix* w) { return has_chunks(*w) && m > few_inputs(*w); };
+        if (std::all_of(matrices, matrices + count, is_for_panels))
             return linear_bfloat16_panels(matrices, count, x, m, stride, y, threads);
         std::vector<Pairing> pairs;
         for (int i = 0; i < count; i++) pairs.push_back(pairing(*matrices[i]));

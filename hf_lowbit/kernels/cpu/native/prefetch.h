@@ -17,9 +17,9 @@ inline void prefetch_pages(const void* from, int64_t bytes) {
 }
 
 // Whether codes that are read once for every token are asked for without a trace in the larger caches, which keep what
-// runs between products instead: 4 to 10 % of a language model's token on AMD's Zen 5, where models that fit into these
-// caches are still found there. Other processors may drop such lines instead of handing them on, and would then read a
-// small model from memory for every token.
+// runs between products instead. Measured on AMD's Zen 5, where models that fit into these caches are still found there.
+// Other processors may drop such lines instead of handing them on, and would then read a small model from memory for
+// every token.
 inline bool codes_pass_caches() {
 #if defined(HFL_X86)
     static const bool is_amd = __builtin_cpu_is("amd");
