@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hf_lowbit.formats import PackedTensor
+from hf_lowbit.formats import PackedTensor, WeightSpec
 from hf_lowbit.kernels import cpu, humming, triton
 from hf_lowbit.kernels.routes import native, on_gpu, route
 
@@ -24,36 +24,45 @@ Product: TypeAlias = Callable[[Tensor], list[Tensor]]
 """Contiguous inputs of one shape, type and device times matrices that lie where they lay: it has their addresses."""
 
 _MOST_KNOWN = 1 << 16
-_known: dict[tuple[Any, ...], tuple[Product | None, Any]] = {}  # with what a key has by its identity: it stays alive
+_known: dict[tuple[Any, ...], dict[tuple[int, ...], Product | None]] = {}  # by inputs, then by what multiplies them
+_specs: dict[int, WeightSpec] = {}  # which keys have by their identity: they stay alive
 
 
 def known_products(x: Tensor, weights: Sequence[PackedTensor], backend: str | None) -> Product | None:
     """From x ``[..., columns]``, not quantized, to its products ``[..., rows]`` with packed matrices.
 
     None where there is more to a product than a call of a kernel: many tokens, no kernel, scales that are codes.
+
+    What belongs to one product comes from memory every time, a line after the other: codes have pushed it out of the
+    caches since the last token. So there is little of it: plain numbers are compared, and what is common lies together.
     """
     if x.numel() > MOST_TOKENS * x.shape[-1] or not x.is_contiguous():
         return None
-    key = [x.shape, x.dtype, x.device, backend]
+    key: list[int] = []
     for packed in weights:
         weight, scale, zero_point, table = packed.weight, packed.scale, packed.zero_point, packed.table
         if packed.scale_range is not None or not (weight.is_contiguous() and scale.is_contiguous()):
             return None
-        key += weight.shape, weight.data_ptr(), scale.data_ptr(), packed.columns, id(packed.spec)
+        key += weight.data_ptr(), scale.data_ptr(), weight.numel(), packed.columns, id(packed.spec)
         if zero_point is not None:
             if not zero_point.is_contiguous():
                 return None
             key.append(zero_point.data_ptr())
         if table is not None:
             key.append(table.data_ptr())
-    found = _known.get(together := tuple(key))
-    if found is None:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # to find it is to launch it once more
-            return None
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        found = _known[together] = _find(x, weights, backend), [packed.spec for packed in weights]
-    return found[0]
+    inputs, matrices = (x.shape, x.dtype, x.device, backend), tuple(key)
+    try:
+        return _known[inputs][matrices]
+    except KeyError:
+        pass
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # to find it is to launch it once more
+        return None
+    if sum(map(len, _known.values())) >= _MOST_KNOWN:
+        _known.clear()
+        _specs.clear()
+    found = _known.setdefault(inputs, {})[matrices] = _find(x, weights, backend)
+    _specs.update((id(packed.spec), packed.spec) for packed in weights)
+    return found
 
 
 def _find(x: Tensor, weights: Sequence[PackedTensor], backend: str | None) -> Product | None:
