@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,30 +24,26 @@ class LastProduct:
     pickles of it are None.
     """
 
-    __slots__ = ("_device", "_device_type", "_dtype", "_layers", "_product", "_shape")
+    __slots__ = ("_backend", "_inputs", "_names", "_places", "_product", "_specs")
 
     def __init__(self, layers: Sequence[PackedLinear], x: Tensor, product: Product) -> None:
-        self._shape, self._dtype, self._device, self._device_type = x.shape, x.dtype, x.device, x.device.type
-        self._product = product
-        self._layers = [(layer.layer_spec, layer.backend, _places(layer)) for layer in layers]
+        self._inputs, self._backend, self._product = _shared(_inputs(x)), layers[0].backend, product
+        self._specs = tuple(layer.layer_spec for layer in layers)
+        self._names = _shared(tuple(tuple(_stored(layer)) for layer in layers))
+        self._places = [place for layer in layers for place in _stored(layer).values()]
 
     def of(self, layers: Sequence[PackedLinear], x: Tensor) -> list[Tensor] | None:
         """The products of the layers' codes with x; None where they may be others."""
-        if (
-            x.shape != self._shape
-            or x.dtype is not self._dtype
-            or x.device != self._device
-            or not _is_plain(x, self._device_type)
-        ):
+        if _inputs(x) != self._inputs or not _is_plain(x):
             return None
-        for layer, (spec, backend, places) in zip(layers, self._layers, strict=True):
+        places, backend = [], self._backend
+        for layer, spec, names in zip(layers, self._specs, self._names, strict=True):
             if layer.layer_spec is not spec or layer.backend != backend:
                 return None
             stored: Any = layer._parameters
-            for name, place in places:
-                if stored[name].data_ptr() != place:
-                    return None
-        return self._product(x)
+            for name in names:
+                places.append(stored[name].data_ptr())
+        return self._product(x) if places == self._places else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -59,17 +56,26 @@ def last_product(layers: Sequence[PackedLinear], x: Tensor) -> LastProduct | Non
     """To be asked after products of layers of one backend with x; None where there is nothing to know."""
     if x.numel() > MOST_TOKENS * x.shape[-1] or any(layer.layer_spec.activation is not None for layer in layers):
         return None
-    if not _is_plain(x, x.device.type):
+    if not _is_plain(x):
         return None
     product = known_products(x, [layer.packed() for layer in layers], layers[0].backend)
     return None if product is None else LastProduct(layers, x, product)
 
 
-def _places(layer: PackedLinear) -> list[tuple[str, int]]:
-    names = [f"weight{suffix}" for suffix in layer.packed().tensors()]
-    return [(name, layer.get_parameter(name).data_ptr()) for name in names]
+def _stored(layer: PackedLinear) -> dict[str, int]:
+    """Where codes and companions lie, by the names of the parameters."""
+    return {f"weight{suffix}": tensor.data_ptr() for suffix, tensor in layer.packed().tensors().items()}
 
 
-def _is_plain(x: Tensor, device_type: str) -> bool:
+def _inputs(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device
+
+
+@lru_cache(maxsize=1024)
+def _shared(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    return value
+
+
+def _is_plain(x: Tensor) -> bool:
     plain = x.is_contiguous() and not x.requires_grad and is_untouched(x)
-    return plain and not torch.is_autocast_enabled(device_type)
+    return plain and not torch._C._is_any_autocast_enabled()
