@@ -8,6 +8,7 @@
 #include "amx_tiles.h"
 #include "chunks_avx512.h"
 #include "geometry.h"
+#include "scales.h"
 
 namespace {
 
@@ -47,7 +48,7 @@ template <class Decoder> class ChunkProduct {
     ChunkProduct(const hfl_matrix& w, const ChunkInputs& x)
         : w_(w), x_(x), decoder_(w), group_chunks_(w.columns / w.groups / chunk_codes),
           has_zero_(w.zero_kind != HFL_NO_ZERO) {
-        for (int r = 0; r < tile_rows; r++) scales_.emplace_back(w, 0);
+        for (int r = 0; r < tile_rows; r++) scales_.emplace_back(w);
     }
 
     // Sums [tile of inputs][row][input] of rows first..first + count; of one tile, four sums to be added up.

@@ -11,6 +11,7 @@
 #include "amx_tiles.h"
 #include "byte_decoders.h"
 #include "geometry.h"
+#include "scales.h"
 
 namespace {
 
@@ -84,7 +85,7 @@ template <class Decoder> class ByteProduct {
   public:
     ByteProduct(const hfl_matrix& w, const ByteInputs& x)
         : w_(w), x_(x), decoder_(w), steps_(w.columns / byte_codes), group_steps_(steps_ / w.groups) {
-        for (int r = 0; r < tile_rows; r++) scales_.emplace_back(w, 0);
+        for (int r = 0; r < tile_rows; r++) scales_.emplace_back(w);
     }
 
     // y of rows first..first + count, by tiles of inputs [tile][row][input].

@@ -8,6 +8,7 @@
 #include "inputs.h"
 #include "prefetch.h"
 #include "rows.h"
+#include "tile_scales.h"
 #include "ways.h"
 
 namespace {
@@ -22,7 +23,7 @@ template <class Way, int M> class TileProduct {
   public:
     TileProduct(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0)
         : w_(w), geometry_(geometry), x_(x), m0_(m0), way_(w), value_shift_(Way::shift(w)),
-          scales_(w, Simd::lanes, rows), reads_on_(w.words % Way::block_words && (Way::is_integer || is_finite(w))) {}
+          scales_(w, rows), reads_on_(w.words % Way::block_words && (Way::is_integer || is_finite(w))) {}
 
     void operator()(int64_t first, int64_t last, void* y, int type) {
         for (; first < last; first += rows) multiply_tile(first, std::min(last, first + rows), y, type);
@@ -101,11 +102,12 @@ template <class Way, int M> class TileProduct {
         const uint32_t* next = words + ((words_ahead - 1) / (R * row_words) + 1) * R * row_words;
         const bool pass_caches = M == 1 && passes_;  // more inputs may have to read codes again
         const Way way = way_;                        // in registers
-        const float* scale[R];
+        const int type = w_.scale_type;
+        const char* scale[R];
         Float total[sums];
         Sum sum[sums * chains];
         for (int r = 0; r < R; r++) {
-            scale[r] = scales_.scale.data() + scales_.begin(at + r);
+            scale[r] = scales_.row(at + r);
             for (int m = 0; m < M; m++) {
                 total[r * M + m] = total_[at + r][m];
                 sum[r * M + m] = sum_[at + r][m];
@@ -126,15 +128,15 @@ template <class Way, int M> class TileProduct {
             starts += M * Simd::lanes;
             add_block<R, chains>(way, words, row_words, inputs, sum);
             for (int k = sums; k < sums * chains; k++) sum[k % sums] = Way::add(sum[k % sums], sum[k]);
-            auto of_lanes = [&](const float* of_groups) HFL_INLINE {
-                if constexpr (scaling == per_block) return Simd::set(of_groups[groups[b]]);
-                return Simd::permute(Simd::load(of_groups + groups[b]), Simd::load_int(lanes + b * Simd::lanes));
+            auto of_lanes = [&](const void* of_groups, int type) HFL_INLINE {
+                if constexpr (scaling == per_block) return Simd::set(load_as_float(of_groups, groups[b], type));
+                return pick(of_groups, groups[b], Simd::load_int(lanes + b * Simd::lanes), type);
             };
             for (int r = 0; r < R; r++) {
-                const Float factor = of_lanes(scale[r]);
+                const Float factor = of_lanes(scale[r], type);
                 for (int m = 0; m < M; m++) {
                     Float value = Way::to_float(sum[r * M + m]);
-                    if constexpr (Way::has_input_groups) value = Simd::multiply(value, of_lanes(x_.scales(m0_ + m)));
+                    if constexpr (Way::has_input_groups) value = Simd::multiply(value, of_lanes(x_.scales(m0_ + m), HFL_FLOAT32));
                     total[r * M + m] = Simd::multiply_add(value, factor, total[r * M + m]);
                 }
             }
@@ -175,17 +177,18 @@ template <class Way, int M> class TileProduct {
     }
 
     Float finish(int64_t at, int m) const {
-        const int64_t begin = scales_.begin(at);
-        const float *scale = scales_.scale.data() + begin, *sums = x_.sums.data() + (m0_ + m) * x_.groups;
+        const int type = w_.scale_type;
+        const char* scale = scales_.row(at);
+        const float* sums = x_.sums.data() + (m0_ + m) * x_.groups;
         Float total = total_[at][m];
-        if (w_.groups == 1) total = Simd::multiply(Way::to_float(sum_[at][m]), Simd::set(scale[0]));
+        if (w_.groups == 1) total = Simd::multiply(Way::to_float(sum_[at][m]), Simd::set(load_as_float(scale, 0, type)));
         if constexpr (Way::is_integer)
             total = Simd::multiply(total, Simd::set(1.0f / static_cast<float>(w_.integer_multiplier)));
         if (w_.zero_kind == HFL_NO_ZERO && value_shift_ == 0) return total;
         for (int64_t g = 0; g < w_.groups; g += Simd::lanes) {
             Float shift = Simd::set(value_shift_);
-            if (w_.zero_kind != HFL_NO_ZERO) shift = Simd::add(shift, Simd::load(scales_.zero.data() + begin + g));
-            shift = Simd::multiply(shift, Simd::load(scale + g));
+            if (w_.zero_kind != HFL_NO_ZERO) shift = Simd::add(shift, scales_.zeros(at, g));
+            shift = Simd::multiply(shift, load_vector(scale, g, type));
             total = Simd::subtract(total, Simd::multiply(shift, Simd::load(sums + g)));
         }
         return total;
@@ -197,7 +200,7 @@ template <class Way, int M> class TileProduct {
     int64_t m0_;
     const Way way_;
     float value_shift_;
-    RowScales scales_;
+    TileScales scales_;
     const bool reads_on_;  // beyond the end of a row
     const bool passes_ = codes_pass_caches();
     Float total_[rows][M];  // of scaled blocks

@@ -66,42 +66,4 @@ inline bool lanes_fit_groups(const hfl_matrix& w) {
     return w.groups == 1 || (w.columns / w.groups) % codes_per_lane(w) == 0;
 }
 
-// The scales of a few rows, one after the other, and their zero points if they have any; `lanes` zeros follow, for
-// whole-vector loads.
-struct RowScales {
-    AlignedVector scale, zero;
-    const hfl_matrix& w;
-
-    RowScales(const hfl_matrix& matrix, int lanes, int64_t rows = 1) : w(matrix) {
-        scale.assign(static_cast<size_t>(w.groups * rows + lanes), 0.0f);
-        if (w.zero_kind != HFL_NO_ZERO) zero.assign(static_cast<size_t>(w.groups * rows + lanes), 0.0f);
-        if (w.one_scale) read(0, 1);
-    }
-    void select(int64_t row, int64_t count = 1) {
-        if (!w.one_scale) read(row, count);
-    }
-    // Where those of the r-th selected row begin.
-    int64_t begin(int64_t r) const { return w.one_scale ? 0 : r * w.groups; }
-
-  private:
-    void read(int64_t row, int64_t count) {
-        const int64_t first = row * w.groups, values = count * w.groups;
-        const int64_t size = w.scale_type == HFL_FLOAT32 ? 4 : 2;
-        const char* next = static_cast<const char*>(w.scales) + (first + values) * size;
-        for (int64_t i = 0; i < values * size; i += 64) __builtin_prefetch(next + i);
-        load_floats(scale.data(), w.scales, first, values, w.scale_type);
-        if (w.zero_kind == HFL_REAL_ZERO) load_floats(zero.data(), w.zeros, first, values, w.scale_type);
-        const int64_t words = (w.groups * w.bits + 31) / 32;
-        for (int64_t r = 0; w.zero_kind == HFL_PACKED_ZERO && r < count; r++) {
-            const uint32_t* packed = static_cast<const uint32_t*>(w.zeros) + (row + r) * words;
-            for (int64_t g = 0; g < w.groups; g++) {
-                const int64_t bit = g * w.bits, shift = bit % 32;
-                uint64_t both = packed[bit / 32];
-                if (shift + w.bits > 32) both |= static_cast<uint64_t>(packed[bit / 32 + 1]) << 32;
-                zero[static_cast<size_t>(r * w.groups + g)] = w.table[(both >> shift) & ((1u << w.bits) - 1)];
-            }
-        }
-    }
-};
-
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 #include "chunks_avx512.h"
 #include "panels.h"
+#include "scales.h"
 
 namespace {
 
@@ -38,7 +39,7 @@ template <class Decoder> class Bfloat16Rows {
 
     Bfloat16Rows(const hfl_matrix& w, const Inputs& x)
         : w_(w), x_(x), decoders_(vector_rows, Decoder(w)), group_steps_(w.columns / w.groups / step_codes) {
-        for (int r = 0; r < panel_rows; r++) scales_.emplace_back(w, 0);
+        for (int r = 0; r < panel_rows; r++) scales_.emplace_back(w);
     }
 
     void select(int64_t first, int count) {

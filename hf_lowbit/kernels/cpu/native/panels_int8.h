@@ -6,6 +6,7 @@
 #include "byte_decoders.h"
 #include "dot_avx512.h"
 #include "panels.h"
+#include "scales.h"
 
 namespace {
 
@@ -64,7 +65,7 @@ template <class Decoder> class ByteRows {
     using Inputs = ByteStepInputs;
 
     ByteRows(const hfl_matrix& w, const Inputs& x)
-        : w_(w), x_(x), weights_(Decoder::weights(w)), scales_(w, 0), group_steps_(w.columns / w.groups / byte_codes),
+        : w_(w), x_(x), weights_(Decoder::weights(w)), scales_(w), group_steps_(w.columns / w.groups / byte_codes),
           scale_(w.groups * panel_rows), zero_(w.groups * panel_rows) {
         std::fill(scale_.data(), scale_.data() + w.groups * panel_rows, 0.0f);
         std::fill(zero_.data(), zero_.data() + w.groups * panel_rows, 0.0f);

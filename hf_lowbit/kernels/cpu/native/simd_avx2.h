@@ -18,6 +18,12 @@ struct Simd {
     static Float zero() { return _mm256_setzero_ps(); }
     static Float set(float v) { return _mm256_set1_ps(v); }
     static Float load(const float* p) { return _mm256_loadu_ps(p); }
+    static Float load_halves(const uint16_t* p, bool are_bfloat16) {
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        if (!are_bfloat16) return _mm256_cvtph_ps(halves);
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+    static Float pick_bfloat16(const uint16_t* p, Int at) { return permute(load_halves(p, true), at); }
     static void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
     static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
     static Float subtract(Float a, Float b) { return _mm256_sub_ps(a, b); }

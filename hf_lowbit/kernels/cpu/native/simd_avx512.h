@@ -12,7 +12,7 @@ namespace {
 struct Simd {
     static constexpr int lanes = 16;
     static constexpr int max_batch = 8;
-    static constexpr int rows_together = 4;  // of one input, in registers
+    static constexpr int rows_together = 2;  // of one input: they share it in registers
     static constexpr int first_arithmetic_width = 6;  // from here on arithmetic is faster than a table
     using Float = __m512;
     using Int = __m512i;
@@ -20,6 +20,15 @@ struct Simd {
     static Float zero() { return _mm512_setzero_ps(); }
     static Float set(float v) { return _mm512_set1_ps(v); }
     static Float load(const float* p) { return _mm512_loadu_ps(p); }
+    static Float load_halves(const uint16_t* p, bool are_bfloat16) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        if (!are_bfloat16) return _mm512_cvtph_ps(halves);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    static Float pick_bfloat16(const uint16_t* p, Int at) {
+        const Int halves = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, _mm512_slli_epi32(at, 16), halves));
+    }
     static void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
     static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
     static Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "floats.h"
+
 namespace {
 
 struct Simd {
@@ -26,6 +28,10 @@ struct Simd {
     static Float zero() { return set(0.0f); }
     static Float set(float v) { return make([&](int) { return v; }); }
     static Float load(const float* p) { Float r; std::memcpy(&r, p, sizeof r); return r; }
+    static Float load_halves(const uint16_t* p, bool are_bfloat16) {
+        return make([&](int i) { return are_bfloat16 ? from_bfloat16(p[i]) : from_float16(p[i]); });
+    }
+    static Float pick_bfloat16(const uint16_t* p, Int at) { return permute(load_halves(p, true), at); }
     static void store(float* p, Float a) { std::memcpy(p, &a, sizeof a); }
     static Float add(Float a, Float b) { return make([&](int i) { return a.lane[i] + b.lane[i]; }); }
     static Float subtract(Float a, Float b) { return make([&](int i) { return a.lane[i] - b.lane[i]; }); }
