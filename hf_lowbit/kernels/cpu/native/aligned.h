@@ -72,6 +72,6 @@ template <class T> struct AlignedAllocator {
     friend bool operator==(AlignedAllocator, AlignedAllocator) { return true; }
     friend bool operator!=(AlignedAllocator, AlignedAllocator) { return false; }
 };
-using AlignedVector = std::vector<float, AlignedAllocator<float>>;
+template <class T> using AlignedVector = std::vector<T, AlignedAllocator<T>>;
 
 }  // namespace

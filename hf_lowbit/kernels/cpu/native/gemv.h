@@ -36,6 +36,7 @@ template <class Way, int M> class TileProduct {
     static constexpr int rows = tile_rows;
     static constexpr bool is_small = sizeof(Loaded) <= 3 * sizeof(Float);  // else they do not fit into registers
     static constexpr int rows_together = M == 1 && is_small ? Simd::rows_together : 1;
+    static constexpr bool may_pass = M <= 4 || Way::is_integer;  // codes with eight floats each wait for arithmetic
     static constexpr int block = Way::steps * Simd::lanes;  // of inputs, or pairs of them
     static constexpr int64_t first_level_bytes = Simd::lanes * 2048;  // of inputs, in the first-level cache
     static constexpr int64_t block_bytes = (block + Way::is_integer * Simd::lanes) * M * 4;  // with where sums start
@@ -45,8 +46,8 @@ template <class Way, int M> class TileProduct {
         scales_.select(first, last - first);
         for (int r = 0; r < rows; r++)
             for (int m = 0; m < M; m++) {
-                sum_[r][m] = w_.groups == 1 ? start(x_.starts_of(m0_, M, 0), m) : Way::zero();
-                total_[r][m] = Simd::zero();
+                if (w_.groups == 1) partial_[r][m].sum = start(x_.starts_of(m0_, M, 0), m);
+                else partial_[r][m].total = Simd::zero();
             }
         for (int64_t b = 0; b < geometry_.blocks; b += stretch) {
             const int64_t end = std::min(b + stretch, geometry_.blocks);
@@ -100,18 +101,17 @@ template <class Way, int M> class TileProduct {
         const int32_t *groups = geometry_.first.data(), *lanes = geometry_.lane.data();
         // Rows that come next, in the order in which they lie, which memory answers fastest.
         const uint32_t* next = words + ((words_ahead - 1) / (R * row_words) + 1) * R * row_words;
-        const bool pass_caches = M == 1 && passes_;  // more inputs may have to read codes again
-        const Way way = way_;                        // in registers
+        const bool pass_caches = may_pass && passes_;
+        const Way way = way_;  // in registers
         const int type = w_.scale_type;
         const char* scale[R];
         Float total[sums];
         Sum sum[sums * chains];
         for (int r = 0; r < R; r++) {
             scale[r] = scales_.row(at + r);
-            for (int m = 0; m < M; m++) {
-                total[r * M + m] = total_[at + r][m];
-                sum[r * M + m] = sum_[at + r][m];
-            }
+            for (int m = 0; m < M; m++)
+                if constexpr (scaling == per_row) sum[r * M + m] = partial_[at + r][m].sum;
+                else total[r * M + m] = partial_[at + r][m].total;
         }
         for (int k = sums; k < sums * chains; k++) sum[k] = Way::zero();
         const int32_t* starts = x_.starts_of(m0_, M, first);
@@ -144,10 +144,9 @@ template <class Way, int M> class TileProduct {
         if constexpr (scaling == per_row)
             for (int k = sums; k < sums * chains; k++) sum[k % sums] = Way::add(sum[k % sums], sum[k]);
         for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++) {
-                total_[at + r][m] = total[r * M + m];
-                sum_[at + r][m] = sum[r * M + m];
-            }
+            for (int m = 0; m < M; m++)
+                if constexpr (scaling == per_row) partial_[at + r][m].sum = sum[r * M + m];
+                else partial_[at + r][m].total = total[r * M + m];
     }
 
     // Adds a block's values times the inputs to sum[(chain * R + row) * M + m].
@@ -180,8 +179,9 @@ template <class Way, int M> class TileProduct {
         const int type = w_.scale_type;
         const char* scale = scales_.row(at);
         const float* sums = x_.sums.data() + (m0_ + m) * x_.groups;
-        Float total = total_[at][m];
-        if (w_.groups == 1) total = Simd::multiply(Way::to_float(sum_[at][m]), Simd::set(load_as_float(scale, 0, type)));
+        Float total;
+        if (w_.groups > 1) total = partial_[at][m].total;
+        else total = Simd::multiply(Way::to_float(partial_[at][m].sum), Simd::set(load_as_float(scale, 0, type)));
         if constexpr (Way::is_integer)
             total = Simd::multiply(total, Simd::set(1.0f / static_cast<float>(w_.integer_multiplier)));
         if (w_.zero_kind == HFL_NO_ZERO && value_shift_ == 0) return total;
@@ -202,9 +202,11 @@ template <class Way, int M> class TileProduct {
     float value_shift_;
     TileScales scales_;
     const bool reads_on_;  // beyond the end of a row
-    const bool passes_ = codes_pass_caches();
-    Float total_[rows][M];  // of scaled blocks
-    Sum sum_[rows][M];      // where rows have one scale
+    const bool passes_ = x_.batch == M && codes_pass_caches();  // no further pass reads codes again
+    union {
+        Float total;  // of scaled blocks
+        Sum sum;      // where rows have one scale
+    } partial_[rows][M];
 };
 
 template <class Way, int M>

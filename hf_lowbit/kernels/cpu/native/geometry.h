@@ -27,8 +27,8 @@ inline int codes_per_lane(const hfl_matrix& w) {
 
 struct Geometry {
     int64_t blocks, block;       // blocks per row, codes per block
-    std::vector<int32_t> first;  // [blocks] first group of each block, or some groups before it
-    std::vector<int32_t> lane;   // [blocks, lanes] group of each lane, less the block's first; empty if always 0
+    std::vector<int32_t> first;   // [blocks] first group of each block, or some groups before it
+    AlignedVector<int32_t> lane;  // [blocks, lanes] group of each lane, less the block's first; empty if always 0
 
     Geometry(const hfl_matrix& w, int lanes) {
         const int64_t columns = w.columns, groups = w.groups;

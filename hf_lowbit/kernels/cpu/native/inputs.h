@@ -36,9 +36,9 @@ struct InputScales {
 struct Inputs {
     int64_t stride, batch, groups, starts_per_input = 0;
     Aligned<float> values;
-    std::vector<float> sums;      // [batch, groups + lanes], where values are shifted; of codes scaled by their groups
-    std::vector<int32_t> starts;  // of integer sums: for each pass [block][input][lane], one block for rows of one scale
-    std::vector<float> scale;     // of int8 inputs [batch, groups of scales + lanes]
+    AlignedVector<float> sums;      // [batch, groups + lanes], where values are shifted; of codes scaled by their groups
+    AlignedVector<int32_t> starts;  // of integer sums: for each pass [block][input][lane], one block for rows of one scale
+    AlignedVector<float> scale;     // of int8 inputs [batch, groups of scales + lanes]
     int64_t scale_stride = 0;
 
     template <class Way>

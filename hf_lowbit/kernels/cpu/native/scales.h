@@ -20,7 +20,7 @@ inline void unpack_zeros(const hfl_matrix& w, int64_t row, uint8_t* out) {
 
 // Those of one row in floats.
 struct RowScales {
-    AlignedVector scale, zero;
+    AlignedVector<float> scale, zero;
     const hfl_matrix& w;
 
     explicit RowScales(const hfl_matrix& matrix) : w(matrix) {
