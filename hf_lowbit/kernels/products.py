@@ -14,11 +14,11 @@ from torch import Tensor
 from hf_lowbit.formats import ActivationSpec, PackedTensor, decode
 from hf_lowbit.formats.packed import with_plain_scales
 from hf_lowbit.kernels import cpu, triton
-from hf_lowbit.kernels.activation import Codes, quantize_tokens
+from hf_lowbit.kernels.activation import Codes, quantize_tokens, restore_tokens
 from hf_lowbit.kernels.gpu import gpu_product
 from hf_lowbit.kernels.known import known_products
 from hf_lowbit.kernels.reference import reference_gradient, reference_product
-from hf_lowbit.kernels.routes import gpu_runs, multiplies_grid, native, on_gpu, route
+from hf_lowbit.kernels.routes import gpu_runs, native, on_gpu, route
 from hf_lowbit.kernels.shifted import shifted_product
 from hf_lowbit.kernels.sliced import sliced_linear
 from hf_lowbit.kernels.tiles import tiled_gradient, tiled_product
@@ -112,8 +112,9 @@ def products_of_codes(
             result = done[id(matrix)]
         elif (own := _codes_on_gpu(inputs, packed, activation, backend, wide)) is not None:
             result = own
-        elif matrix is not None and multiplies_grid(activation):
-            result = _products_of_floats(codes.float(), [packed], backend)[0] * scale
+        elif matrix is not None and route(codes, matrix, activation) == "floats":
+            results.append(_products_of_floats(restore_tokens(*inputs), [packed], backend)[0].to(dtype))
+            continue
         else:
             result = sliced_linear(codes, scale, packed, dtype)
         results.append(shifted_product(result, inputs, packed, sums[index] if sums else None).to(dtype))
@@ -148,7 +149,7 @@ def convolution_of_codes(
     matrix = native(packed, inputs.codes.device, dtype, backend)
     together = inputs.codes.reshape(positions, -1)  # tap by tap, as they lie: runs of all channels are copied
     one_group = inputs.scale.shape[-1] == 1 and packed.spec.groups(packed.columns) == 1 and packed.scale_range is None
-    if one_group and (matrix is None or route(together, matrix, activation) == "sliced"):
+    if one_group and (matrix is None or route(together, matrix, activation) != "int8"):
         result = sliced_linear(together, inputs.scale, packed, dtype, taps)
         return shifted_product(result, inputs, packed, sums).to(dtype)
     patches = together.unflatten(1, (taps, channels)).transpose(1, 2).flatten(1)

@@ -7,9 +7,10 @@ On an NVIDIA GPU the Triton kernels have their own (see :mod:`hf_lowbit.kernels.
   a matrix unit or products of bfloat16 pairs, it decodes once for 128 or 256 and takes any number of tokens;
 - tiles: the native kernel decodes some rows into a buffer, torch multiplies: for many tokens;
 - int8: the native kernel for inputs quantized to integers of 8 bits or fewer, which with AVX-512 decodes once for many,
-  too (inputs of small floating-point formats take native or tiles, in float32);
-- sliced: quantized inputs through torch, group by group: for many tokens where its int8 product is faster; where the
-  native kernel has no integers to multiply, or the inputs have other groups than the weight.
+  too;
+- floats: quantized inputs as float32, by native or tiles: small floating-point formats; where the native kernel has no
+  integers to multiply, or the inputs have other groups than the weight (unpacking with torch takes longer than either);
+- sliced: quantized inputs through torch, group by group: many tokens where its int8 product is faster; without kernels.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def route(x: Tensor, matrix: cpu.Matrix | None, activation: ActivationSpec | Non
         most = NATIVE_TOKENS_FAST_TYPE if is_fast_type else NATIVE_TOKENS
         return "native" if x.shape[0] <= most or cpu.multiplies_many(matrix, x.dtype) else "tiles"
     if not _multiplies_codes(matrix, activation):
-        return "sliced"
+        return "floats"
     return "sliced" if x.shape[0] > INT8_TOKENS and _suits_torch(matrix, activation) else "int8"
 
 
@@ -89,8 +90,8 @@ def kernel_of(packed: PackedTensor, activation: ActivationSpec | None, backend: 
     matrix = native(first, first.weight.device, torch.float32, backend)
     if matrix is None:
         return "torch"
-    if activation is not None and not multiplies_grid(activation):
-        return "cpu" if _multiplies_codes(matrix, activation) else "torch"
+    if activation is not None and _multiplies_codes(matrix, activation):
+        return "cpu"
     return "cpu" if cpu.multiplies_in_registers(matrix) else "cpu, row by row"
 
 
@@ -100,14 +101,6 @@ def _multiplies_codes(matrix: cpu.Matrix, activation: ActivationSpec) -> bool:
     if has_least_code and cpu.instruction_set() == "avx2":
         return False
     return activation.format == "int" and has_its_groups and cpu.multiplies_int8(matrix)
-
-
-def multiplies_grid(activation: ActivationSpec) -> bool:
-    """Whether inputs are values of a small floating-point format with one scale: as floats, times decoded weights.
-
-    In float32, where these are exact too.
-    """
-    return activation.floating_point is not None and activation.group_size is None
 
 
 def _suits_torch(matrix: cpu.Matrix, activation: ActivationSpec) -> bool:

@@ -16,6 +16,7 @@ from hf_lowbit.kernels import (
     kernel_of,
     packed_linear,
     packed_linears,
+    products,
     quantize_tokens,
     restore_tokens,
     sliced,
@@ -162,13 +163,24 @@ def test_groups_with_little_in_common_are_simulated_and_called_so(monkeypatch: p
         torch.testing.assert_close(y.double(), exact(inputs(), packed, rare), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("fields", [{"bits": 3}, {"format": "nf", "bits": 4}, {"format": "float8_e4m3fn", "bits": 8}])
+@pytest.mark.parametrize("spec", [ActivationSpec("int", 8), ActivationSpec("int", 8, group_size=32)], ids=str)
+def test_codes_without_integer_products_are_not_unpacked(
+    fields: dict[str, Any], spec: ActivationSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = packed_weight(group_size=64, **fields)
+    monkeypatch.setattr(products, "sliced_linear", None)
+    y = packed_linear(inputs(), packed, spec)
+    torch.testing.assert_close(y.double(), exact(inputs(), packed, spec), rtol=1e-5, atol=1e-4)
+
+
 def test_what_runs_is_named() -> None:
     packed = packed_weight(bits=4, group_size=64)
     assert kernel_of(packed, STATIC, None) == kernel_of(packed, ActivationSpec(), None)
     assert kernel_of(packed, STATIC, "reference") == "torch"
     same, other = (ActivationSpec("int", 4, group_size=size) for size in (64, 32))
     assert kernel_of(packed, same, None) == kernel_of(packed, ActivationSpec(), None)
-    assert kernel_of(packed, other, None) == "torch"
+    assert kernel_of(packed, other, None) == "cpu"  # as floats
 
 
 @pytest.mark.parametrize("activation", [ActivationSpec("int", 4, group_size=64), STATIC], ids=str)

@@ -21,6 +21,8 @@ FORMATS: dict[str, dict[str, Any]] = {
         name: {"format": name, "bits": 1 + int(name[4]) + int(name[6])}
         for name in ("fp_e2m1", "fp_e1m2", "fp_e2m2", "fp_e3m2", "fp_e2m3", "fp_e4m3", "fp_e5m2")
     },
+    "int4-zero-float16": {"format": "int", "bits": 4, "symmetric": False, "scale_dtype": "float16"},
+    "nf3-zero-float32": {"format": "nf", "bits": 3, "symmetric": False, "scale_dtype": "float32"},
     "float8_e4m3fn": {"format": "float8_e4m3fn", "bits": 8},
     "float8_e5m2": {"format": "float8_e5m2", "bits": 8},
     "nf4": {"format": "nf", "bits": 4},

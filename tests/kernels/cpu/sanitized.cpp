@@ -22,17 +22,31 @@ void run_on_threads(void (*fn)(void*), void* data, unsigned threads, unsigned) {
     for (std::thread& other : others) other.join();
 }
 
+// A power of two from 1/2 to 1, so many times, as the type has it: its bytes and not one more.
+std::vector<char> repeated(float value, int64_t times, int type) {
+    const uint16_t halves[] = {0, static_cast<uint16_t>(value == 1 ? 0x3f80 : 0x3f00),
+                               static_cast<uint16_t>(value == 1 ? 0x3c00 : 0x3800)};
+    const void* one = type == HFL_FLOAT32 ? static_cast<const void*>(&value) : &halves[type];
+    const size_t size = type == HFL_FLOAT32 ? 4 : 2;
+    std::vector<char> all(static_cast<size_t>(times) * size);
+    for (size_t i = 0; i < all.size(); i += size) std::memcpy(all.data() + i, one, size);
+    return all;
+}
+
 struct Packed {
     hfl_matrix matrix{};
     std::vector<uint32_t> codes, packed_zeros;
-    std::vector<float> scales, zeros, table;
+    std::vector<char> scales, zeros;
+    std::vector<float> table;
 
     Packed(int64_t rows, int64_t columns, int64_t groups, int bits, int packing, int zero_kind, int decoder) {
         const int64_t words = packing == HFL_BASE3 ? ((columns + 4) / 5 + 3) / 4 : (columns * bits + 31) / 32;
         codes.resize(static_cast<size_t>(rows * words));
         for (uint32_t& word : codes) word = packing == HFL_BASE3 ? 0 : static_cast<uint32_t>(random_bits());
-        scales.assign(static_cast<size_t>(rows * groups), 0.5f);
-        zeros.assign(static_cast<size_t>(rows * groups), 1.0f);
+        static int made = 0;
+        const int type = made++ % 3;  // each has its turn
+        scales = repeated(0.5f, rows * groups, type);
+        zeros = repeated(1.0f, rows * groups, type);
         packed_zeros.resize(static_cast<size_t>(rows * ((groups * bits + 31) / 32)));
         for (uint32_t& word : packed_zeros) word = static_cast<uint32_t>(random_bits());
         for (int c = 0; c < (1 << bits); c++) table.push_back(static_cast<float>(c - (1 << (bits - 1))));
@@ -41,7 +55,7 @@ struct Packed {
         matrix.zeros = zero_kind == HFL_REAL_ZERO ? static_cast<const void*>(zeros.data()) : packed_zeros.data();
         matrix.table = table.data();
         matrix.rows = rows, matrix.columns = columns, matrix.words = words, matrix.groups = groups;
-        matrix.bits = bits, matrix.packing = packing, matrix.decoder = decoder, matrix.scale_type = HFL_FLOAT32;
+        matrix.bits = bits, matrix.packing = packing, matrix.decoder = decoder, matrix.scale_type = type;
         matrix.zero_kind = zero_kind, matrix.integer_multiplier = 1;
         matrix.integer_offset = -static_cast<float>(1 << (bits - 1));
     }
