@@ -15,10 +15,11 @@ namespace {
 
 constexpr int tile_rows = 16;
 constexpr int64_t words_ahead = 2048;  // of codes, at least: memory takes as long to answer
+constexpr int64_t short_words = 128;   // of a row, less: what begins and ends with it counts
 
-// Rows of y = x w^T for the inputs m0..m0+M, in tiles of sixteen. A few rows go together: they share inputs in registers,
-// and memory is read in several places at once. Where the inputs do not fit into the first-level cache, a tile shares a
-// stretch of them while it is there.
+// Rows of y = x w^T for the inputs m0..m0+M, in tiles of sixteen. Two rows go together, short ones four: they share inputs
+// in registers. Long ones are better read in few places at once. Where the inputs do not fit into the first-level cache, a
+// tile shares a stretch of them while it is there.
 template <class Way, int M> class TileProduct {
   public:
     TileProduct(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0)
@@ -52,8 +53,12 @@ template <class Way, int M> class TileProduct {
         for (int64_t b = 0; b < geometry_.blocks; b += stretch) {
             const int64_t end = std::min(b + stretch, geometry_.blocks);
             int64_t row = first;
-            for (; row + rows_together <= last; row += rows_together)
-                add_blocks<rows_together>(row, row - first, b, end);
+            if constexpr (rows_together > 1) {
+                if (w_.words < short_words)
+                    for (; row + rows_together <= last; row += rows_together)
+                        add_blocks<rows_together>(row, row - first, b, end);
+                for (; row + 2 <= last; row += 2) add_blocks<2>(row, row - first, b, end);
+            }
             for (; row < last; row++) add_blocks<1>(row, row - first, b, end);
         }
         for (int m = 0; m < M; m++) {

@@ -14,7 +14,7 @@ namespace {
 
 struct PairSums : FloatSums {
     using Input = uint16_t;
-    template <int M> static constexpr int chains = M == 1 ? 8 : 1;  // four for each of two rows
+    template <int M> static constexpr int chains = M == 1 ? 8 : 1;  // two for each of four rows
 
     HFL_INLINE static Simd::Float multiply_add(__m512i values, const float* in, Simd::Float sum) {
         const __m512i inputs = _mm512_loadu_si512(in);

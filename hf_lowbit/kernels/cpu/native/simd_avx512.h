@@ -12,7 +12,7 @@ namespace {
 struct Simd {
     static constexpr int lanes = 16;
     static constexpr int max_batch = 8;
-    static constexpr int rows_together = 2;  // of one input: they share it in registers
+    static constexpr int rows_together = 4;  // of one input, in registers
     static constexpr int first_arithmetic_width = 6;  // from here on arithmetic is faster than a table
     using Float = __m512;
     using Int = __m512i;

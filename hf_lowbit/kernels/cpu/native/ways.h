@@ -22,7 +22,7 @@ namespace {
 struct OneFloat : FloatSums {
     using Input = float;
     // Additions to one sum wait for each other: a few sums side by side keep the multipliers busy.
-    template <int M> static constexpr int chains = M == 1 ? 4 * Simd::rows_together : M <= 4 ? 2 : 1;
+    template <int M> static constexpr int chains = M == 1 ? std::max(4, 2 * Simd::rows_together) : M <= 4 ? 2 : 1;
     HFL_INLINE static Simd::Float multiply_add(Simd::Float value, const float* in, Simd::Float sum) {
         return Simd::multiply_add(value, Simd::load(in), sum);
     }
