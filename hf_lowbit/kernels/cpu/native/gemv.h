@@ -17,8 +17,8 @@ constexpr int tile_rows = 16;
 constexpr int64_t words_ahead = 2048;  // of codes, at least: memory takes as long to answer
 constexpr int64_t short_words = 128;   // of a row, less: what begins and ends with it counts
 
-// Rows of y = x w^T for the inputs m0..m0+M, in tiles of sixteen. Two rows go together, short ones four: they share inputs
-// in registers. Long ones are better read in few places at once. Where the inputs do not fit into the first-level cache, a
+// Rows of y = x w^T for the inputs m0..m0+M, in tiles of sixteen. Two rows go together, four where they are short or have
+// narrow codes: they share inputs in registers, but memory is better read in few places at once. Where the inputs do not fit into the first-level cache, a
 // tile shares a stretch of them while it is there.
 template <class Way, int M> class TileProduct {
   public:
@@ -54,7 +54,7 @@ template <class Way, int M> class TileProduct {
             const int64_t end = std::min(b + stretch, geometry_.blocks);
             int64_t row = first;
             if constexpr (rows_together > 1) {
-                if (w_.words < short_words)
+                if (w_.bits <= 2 || w_.words < short_words)
                     for (; row + rows_together <= last; row += rows_together)
                         add_blocks<rows_together>(row, row - first, b, end);
                 for (; row + 2 <= last; row += 2) add_blocks<2>(row, row - first, b, end);
