@@ -18,8 +18,8 @@ constexpr int64_t words_ahead = 2048;  // of codes, at least: memory takes as lo
 constexpr int64_t short_words = 128;   // of a row, less: what begins and ends with it counts
 
 // Rows of y = x w^T for the inputs m0..m0+M, in tiles of sixteen. Two rows go together, four where they are short or have
-// narrow codes: they share inputs in registers, but memory is better read in few places at once. Where the inputs do not fit into the first-level cache, a
-// tile shares a stretch of them while it is there.
+// narrow codes: they share inputs in registers, but memory is better read in few places at once. Where the inputs do not
+// fit into the first-level cache, a tile shares a stretch of them while it is there.
 template <class Way, int M> class TileProduct {
   public:
     TileProduct(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t m0)
