@@ -31,6 +31,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int2 g64": {"bits": 2, "group_size": 64},
     "int3 g64": {"bits": 3, "group_size": 64},
     "int4 g64": {"bits": 4, "group_size": 64},
+    "int4 g64 asymmetric": {"bits": 4, "group_size": 64, "symmetric": False},
     "nf4 g64": {"format": "nf", "bits": 4, "group_size": 64},
     "int8 row": {"bits": 8},
     "float8_e4m3fn row": {"format": "float8_e4m3fn", "bits": 8},
@@ -65,7 +66,8 @@ def random_packed(rows: int, columns: int, spec: WeightSpec) -> PackedTensor:
     if spec.number_format.name == "float8_e4m3fn":
         codes &= 0x77777777  # no NaN
     scale = torch.rand(stored["_scale"][0]).bfloat16().view(torch.int16)
-    return PackedTensor(codes, scale, spec, columns)
+    zero_point = None if spec.symmetric else torch.randint(2**31, stored["_zero_point"][0], dtype=torch.int32)
+    return PackedTensor(codes, scale, spec, columns, zero_point)
 
 
 def kernels(inputs: torch.dtype, large_pages: bool) -> list[dict[str, Any]]:
@@ -93,7 +95,7 @@ def kernels(inputs: torch.dtype, large_pages: bool) -> list[dict[str, Any]]:
                 x = torch.randn(tokens, columns).to(inputs)
                 result = measure(cold, floats, x, memory, ROUNDS.get(tokens, 1))
                 results.append({"shape": [rows, columns], "format": name, "tokens": tokens, **result})
-                print(f"{rows}x{columns} {name:18} {tokens:4} tokens: {describe(result)}", flush=True)
+                print(f"{rows}x{columns} {name:19} {tokens:4} tokens: {describe(result)}", flush=True)
     return results
 
 
