@@ -8,9 +8,9 @@ On an NVIDIA GPU the Triton kernels have their own (see :mod:`hf_lowbit.kernels.
 - tiles: the native kernel decodes some rows into a buffer, torch multiplies: for many tokens;
 - int8: the native kernel for inputs quantized to integers of 8 bits or fewer, which with AVX-512 decodes once for many,
   too;
-- floats: quantized inputs as float32, by native or tiles: small floating-point formats; where the native kernel has no
-  integers to multiply, or the inputs have other groups than the weight (unpacking with torch takes longer than either);
-- sliced: quantized inputs through torch, group by group: many tokens where its int8 product is faster; without kernels.
+- floats: quantized inputs as float32, by native or tiles, where one side is no integers: torch is slower at it;
+- sliced: quantized inputs through torch, group by group: for many tokens where its int8 product is faster; integers of
+  which the native kernel has no products, or that have other groups on both sides: their sums stay exact.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def route(x: Tensor, matrix: cpu.Matrix | None, activation: ActivationSpec | Non
         most = NATIVE_TOKENS_FAST_TYPE if is_fast_type else NATIVE_TOKENS
         return "native" if x.shape[0] <= most or cpu.multiplies_many(matrix, x.dtype) else "tiles"
     if not _multiplies_codes(matrix, activation):
-        return "floats"
+        return "sliced" if _are_integers(matrix, activation) else "floats"
     return "sliced" if x.shape[0] > INT8_TOKENS and _suits_torch(matrix, activation) else "int8"
 
 
@@ -90,8 +90,8 @@ def kernel_of(packed: PackedTensor, activation: ActivationSpec | None, backend: 
     matrix = native(first, first.weight.device, torch.float32, backend)
     if matrix is None:
         return "torch"
-    if activation is not None and _multiplies_codes(matrix, activation):
-        return "cpu"
+    if activation is not None and _are_integers(matrix, activation):
+        return "cpu" if _multiplies_codes(matrix, activation) else "torch"
     return "cpu" if cpu.multiplies_in_registers(matrix) else "cpu, row by row"
 
 
@@ -101,6 +101,10 @@ def _multiplies_codes(matrix: cpu.Matrix, activation: ActivationSpec) -> bool:
     if has_least_code and cpu.instruction_set() == "avx2":
         return False
     return activation.format == "int" and has_its_groups and cpu.multiplies_int8(matrix)
+
+
+def _are_integers(matrix: cpu.Matrix, activation: ActivationSpec) -> bool:
+    return activation.format == "int" and matrix.struct.integer_multiplier > 0
 
 
 def _suits_torch(matrix: cpu.Matrix, activation: ActivationSpec) -> bool:

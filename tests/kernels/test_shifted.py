@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.formats import ActivationSpec, PackedTensor, WeightSpec, decode
-from hf_lowbit.kernels import cpu, packed_linear, packed_linears, quantize_tokens, restore_tokens, row_sums
+from hf_lowbit.kernels import cpu, kernel_of, packed_linear, packed_linears, quantize_tokens, restore_tokens, row_sums
 from hf_lowbit.kernels.activation import integer_grid
 from hf_lowbit.rounding import round_to_nearest
 
@@ -143,7 +143,7 @@ def test_sums_of_groups() -> None:
 
 @pytest.mark.parametrize("name", cpu.instruction_sets())
 def test_the_least_code_on_every_processor(name: str) -> None:
-    """-128, whose sign AVX2 cannot change: inputs are floats there."""
+    """-128, whose sign AVX2 cannot change: it takes another way there."""
     x, packed = torch.full((3, COLUMNS), -1.0), weight(bits=4, group_size=64)
     x[:, 0] = 1e-6
     quantized = quantize_tokens(x, DYNAMIC)
@@ -151,6 +151,7 @@ def test_the_least_code_on_every_processor(name: str) -> None:
     expected = restore_tokens(*quantized).double() @ decode(packed).double().t()
     try:
         cpu.use_instruction_set(name)
+        assert kernel_of(packed, DYNAMIC, None) == ("torch" if name == "avx2" else "cpu")
         y = packed_linear(x, packed, DYNAMIC)
     finally:
         cpu.use_instruction_set(None)

@@ -141,7 +141,8 @@ template <class Way, int M> class TileProduct {
                 const Float factor = of_lanes(scale[r], type);
                 for (int m = 0; m < M; m++) {
                     Float value = Way::to_float(sum[r * M + m]);
-                    if constexpr (Way::has_input_groups) value = Simd::multiply(value, of_lanes(x_.scales(m0_ + m), HFL_FLOAT32));
+                    if constexpr (Way::has_input_groups)
+                        value = Simd::multiply(value, of_lanes(x_.scales(m0_ + m), HFL_FLOAT32));
                     total[r * M + m] = Simd::multiply_add(value, factor, total[r * M + m]);
                 }
             }

@@ -26,7 +26,7 @@ inline int codes_per_lane(const hfl_matrix& w) {
 }
 
 struct Geometry {
-    int64_t blocks, block;       // blocks per row, codes per block
+    int64_t blocks, block;        // blocks per row, codes per block
     std::vector<int32_t> first;   // [blocks] first group of each block, or some groups before it
     AlignedVector<int32_t> lane;  // [blocks, lanes] group of each lane, less the block's first; empty if always 0
 
