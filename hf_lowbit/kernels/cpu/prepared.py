@@ -39,7 +39,7 @@ def _shapes(leading: tuple[int, ...], rows: tuple[int, ...]) -> list[tuple[int, 
 
 
 class _Product:
-    """Of one matrix."""
+    """Of one matrix, without the lists that several need."""
 
     __slots__ = ("_address", "_common", "_matrices", "_shape")
 

@@ -22,7 +22,7 @@ void run_on_threads(void (*fn)(void*), void* data, unsigned threads, unsigned) {
     for (std::thread& other : others) other.join();
 }
 
-// A power of two from 1/2 to 1, so many times, as the type has it: its bytes and not one more.
+// One or a half, so many times, as the type has it: its bytes and not one more.
 std::vector<char> repeated(float value, int64_t times, int type) {
     const uint16_t halves[] = {0, static_cast<uint16_t>(value == 1 ? 0x3f80 : 0x3f00),
                                static_cast<uint16_t>(value == 1 ? 0x3c00 : 0x3800)};

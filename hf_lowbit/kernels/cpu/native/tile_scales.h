@@ -1,5 +1,5 @@
-// The scales and zero points of a tile of rows, for products of few inputs. They are read where they lie: what is copied to
-// floats first has to be written for every tile, to lines that the codes have pushed out of the caches meanwhile.
+// The scales and zero points of a tile of rows, for products of few inputs. They are read where they lie: copying them to
+// floats for every tile takes far longer where codes come from memory than it does in the cache.
 #pragma once
 #include <algorithm>
 
