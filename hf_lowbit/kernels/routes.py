@@ -7,7 +7,7 @@ On an NVIDIA GPU the Triton kernels have their own (see :mod:`hf_lowbit.kernels.
   a matrix unit or products of bfloat16 pairs, it decodes once for 128 or 256 and takes any number of tokens;
 - tiles: the native kernel decodes some rows into a buffer, torch multiplies: for many tokens;
 - int8: the native kernel for inputs quantized to integers of 8 bits or fewer, which with AVX-512 decodes once for many,
-  too;
+  too, if codes do not cross bytes;
 - floats: quantized inputs as float32, by native or tiles, where one side is no integers: torch is slower at it;
 - sliced: quantized inputs through torch, group by group: for many tokens where its int8 product is faster; integers of
   which the native kernel has no products, or that have other groups on both sides: their sums stay exact.
@@ -34,8 +34,9 @@ NATIVE_TOKENS_FAST_TYPE = 12
 
 # The most tokens for which the native kernel, where it decodes anew for every four of them, beats unpacking codes for
 # torch's int8 product, where there is one scale per row and per token: that product is many times faster where the
-# processor has int8 dot products.
+# processor has int8 dot products. Codes that cross bytes, and digits of base 3, take torch several times as long.
 INT8_TOKENS = 192
+INT8_TOKENS_NOT_IN_BYTES = 768
 
 
 def route(x: Tensor, matrix: cpu.Matrix | None, activation: ActivationSpec | None) -> str:
@@ -48,7 +49,8 @@ def route(x: Tensor, matrix: cpu.Matrix | None, activation: ActivationSpec | Non
         return "native" if x.shape[0] <= most or cpu.multiplies_many(matrix, x.dtype) else "tiles"
     if not _multiplies_codes(matrix, activation):
         return "sliced" if _are_integers(matrix, activation) else "floats"
-    return "sliced" if x.shape[0] > INT8_TOKENS and _suits_torch(matrix, activation) else "int8"
+    most = INT8_TOKENS if _lies_in_bytes(matrix) else INT8_TOKENS_NOT_IN_BYTES
+    return "sliced" if x.shape[0] > most and _suits_torch(matrix, activation) else "int8"
 
 
 def native(packed: PackedTensor, device: torch.device, dtype: torch.dtype, backend: str | None) -> cpu.Matrix | None:
@@ -109,8 +111,11 @@ def _are_integers(matrix: cpu.Matrix, activation: ActivationSpec) -> bool:
 
 def _suits_torch(matrix: cpu.Matrix, activation: ActivationSpec) -> bool:
     one_scale = matrix.struct.groups == 1 and activation.groups(matrix.columns) == 1
-    decodes_anew = cpu.instruction_set() != "amx" and not cpu.multiplies_many(matrix, torch.int8)
-    return one_scale and has_int8_dot() and decodes_anew
+    return one_scale and has_int8_dot() and not cpu.multiplies_many(matrix, torch.int8)
+
+
+def _lies_in_bytes(matrix: cpu.Matrix) -> bool:
+    return matrix.spec.packing == "dense" and 8 % matrix.spec.bits == 0
 
 
 def why_not(backend: str | None) -> str | None:

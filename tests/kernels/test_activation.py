@@ -184,6 +184,8 @@ def test_what_runs_is_named() -> None:
     assert kernel_of(packed, same, None) == kernel_of(packed, ActivationSpec(), None)
     assert kernel_of(packed, other, None) == "torch"
     assert kernel_of(packed_weight(format="nf", bits=4), other, None) == "cpu"
+    for fields in ({"bits": 3}, {"bits": 6}, {"format": "ternary", "bits": 2, "packing": "base3"}):
+        assert kernel_of(packed_weight(**fields), ActivationSpec(), None) == "cpu"
 
 
 @pytest.mark.parametrize("activation", [ActivationSpec("int", 4, group_size=64), STATIC], ids=str)

@@ -62,7 +62,7 @@ def linear_int8(codes: Tensor, scale: Tensor, matrices: Sequence[Matrix], dtype:
 
 
 def multiplies_int8(matrix: Matrix) -> bool:
-    """Whether :func:`linear_int8` takes this matrix: integer table, codes that do not cross bytes, fitting groups."""
+    """Whether :func:`linear_int8` takes this matrix: integer table, fitting groups, sums that its numbers hold."""
     return bool(_library().hfl_multiplies_int8(matrix.address))
 
 

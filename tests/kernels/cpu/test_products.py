@@ -45,7 +45,7 @@ def test_equals_the_reference(name: str, group_size: int | str | None, instructi
         for dtype, tolerance in TOLERANCE.items():
             assert torch.equal(cpu.decode_rows(matrix, slice(None), dtype), decode(packed, dtype))
             many = (16, 65, 130, 515) if cpu.multiplies_many(matrix, dtype) else ()
-            for tokens in (1, 2, 5, 8, 13, *many):
+            for tokens in (1, 2, 3, 5, 8, 15, *many):
                 x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
                 x = (x / 128).to(dtype)  # sums of e5m2 values must fit float16
                 (y,) = cpu.linear(x, [matrix])
@@ -61,11 +61,11 @@ def test_integer_sums_are_exact(name: str, group_size: int | None, instruction_s
     assert matrix is not None
     spec = packed.spec
     integers = not spec.has_fitted_table and spec.number_format.integer_multiplier is not None
-    whole_bytes = spec.packing == "dense" and (spec.bits in (1, 2, 4) or (spec.bits, spec.format) == (8, "int"))
-    assert cpu.multiplies_int8(matrix) == (integers and whole_bytes)
+    has_product = spec.bits <= 5 or spec.format == "int"
+    assert cpu.multiplies_int8(matrix) == (integers and has_product and cpu.multiplies_in_registers(matrix))
     if not cpu.multiplies_int8(matrix):
         return
-    for tokens in (6, 70, 150, 515):  # in one pass, in one of many, in several
+    for tokens in (3, 6, 70, 150, 515):  # in one pass, in one of many, in several
         shape = (tokens, packed.columns)
         codes = torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(1))
         scale = torch.rand(tokens, 1) + 0.5
@@ -93,7 +93,7 @@ def test_inputs_with_the_groups_of_the_weight(name: str, group_size: int, instru
         cpu.linear_int8(codes, scale.repeat(1, 2), [matrix], torch.float32)
 
 
-@pytest.mark.parametrize("name", ["int1", "int2-zero", "int4", "int8", "int8-zero", "ternary"])
+@pytest.mark.parametrize("name", ["int1", "int2-zero", "int3", "int4", "int5", "int8", "int8-zero", "ternary"])
 @pytest.mark.parametrize("group_size", [32, 128, None])
 def test_a_few_inputs_give_what_each_gives_alone(name: str, group_size: int | None, instruction_set: str) -> None:
     """Rows and inputs that go together, ends of tiles and rows; several stretches of inputs at 33024 columns."""
@@ -121,9 +121,17 @@ def test_layouts_decoded_in_registers(name: str, group_size: int | None, expecte
 
 
 def test_integer_products_run_where_promised(instruction_set: str) -> None:
-    for bits in (1, 2, 4, 8):
+    for bits in range(1, 9):
         matrix = cpu.describe(random_packed(4, 128, bits=bits, group_size=32))
         assert matrix is not None and cpu.multiplies_int8(matrix)
+    matrix = cpu.describe(random_packed(4, 120, **FORMATS["ternary-base3"]))
+    assert matrix is not None and cpu.multiplies_int8(matrix)
+
+
+def test_integers_whose_sums_floats_cannot_hold_have_no_product(instruction_set: str) -> None:
+    for columns, expected in ((14336, True), (33024, False)):
+        matrix = cpu.describe(random_packed(4, columns, bits=7))
+        assert matrix is not None and cpu.multiplies_int8(matrix) == expected
 
 
 @pytest.mark.parametrize("tokens", (1, 8, 20))

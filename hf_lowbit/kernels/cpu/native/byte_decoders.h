@@ -9,7 +9,7 @@ constexpr int byte_codes = 64;  // of a step: all lie in one group
 
 // Calls use(Type<Decoder<bits>>) and returns true, or false for layouts that have none.
 template <template <int> class Decoder, class Use> bool with_byte_decoder(const hfl_matrix& w, Use use) {
-    if (w.columns % byte_codes || w.columns / w.groups % byte_codes) return false;
+    if (w.packing != HFL_DENSE || w.columns % byte_codes || w.columns / w.groups % byte_codes) return false;
     switch (w.bits) {
         case 1: return use(Type<Decoder<1>>()), true;
         case 2: return use(Type<Decoder<2>>()), true;

@@ -6,7 +6,7 @@ namespace {
 
 struct FloatSums {
     using Sum = Simd::Float;
-    static constexpr int lanes = Simd::lanes;
+    static constexpr int lanes = Simd::lanes, max_batch = Simd::max_batch;
     static constexpr bool is_integer = false, has_input_groups = false;
     HFL_INLINE static Sum zero() { return Simd::zero(); }
     HFL_INLINE static Sum add(Sum a, Sum b) { return Simd::add(a, b); }

@@ -61,7 +61,7 @@ template <class Way, int M> class TileProduct {
             }
             for (; row < last; row++) add_blocks<1>(row, row - first, b, end);
         }
-        for (int m = 0; m < M; m++) {
+        for (int m = 0; m < std::min<int64_t>(M, x_.batch - m0_); m++) {
             float results[rows];
             finish(m, static_cast<int>(last - first), results);
             store_floats(y, (m0_ + m) * w_.rows + first, results, last - first, type);
@@ -134,7 +134,7 @@ template <class Way, int M> class TileProduct {
             add_block<R, chains>(way, words, row_words, inputs, sum);
             for (int k = sums; k < sums * chains; k++) sum[k % sums] = Way::add(sum[k % sums], sum[k]);
             auto of_lanes = [&](const void* of_groups, int type) HFL_INLINE {
-                if constexpr (scaling == per_block) return Simd::set(load_as_float(of_groups, groups[b], type));
+                if constexpr (scaling == per_block) return broadcast(of_groups, groups[b], type);
                 return pick(of_groups, groups[b], Simd::load_int(lanes + b * Simd::lanes), type);
             };
             for (int r = 0; r < R; r++) {
@@ -173,7 +173,7 @@ template <class Way, int M> class TileProduct {
     // The results of the tile's first `count` rows for its m-th input.
     void finish(int m, int count, float* results) const {
         Float total[rows];
-        const Float factor = Simd::set(Way::is_integer && !Way::has_input_groups ? x_.scales(m0_ + m)[0] : 1.0f);
+        const Float factor = Simd::set(Way::is_integer && !x_.has_groups ? x_.scales(m0_ + m)[0] : 1.0f);
         for (int r = 0; r < rows; r++) total[r] = r < count ? finish(r, m) : Simd::zero();
         for (int r = 0; r < rows; r += Simd::lanes) {
             const Float values = Simd::sums(total + r);
@@ -187,7 +187,7 @@ template <class Way, int M> class TileProduct {
         const float* sums = x_.sums.data() + (m0_ + m) * x_.groups;
         Float total;
         if (w_.groups > 1) total = partial_[at][m].total;
-        else total = Simd::multiply(Way::to_float(partial_[at][m].sum), Simd::set(load_as_float(scale, 0, type)));
+        else total = Simd::multiply(Way::to_float(partial_[at][m].sum), broadcast(scale, 0, type));
         if constexpr (Way::is_integer)
             total = Simd::multiply(total, Simd::set(1.0f / static_cast<float>(w_.integer_multiplier)));
         if (w_.zero_kind == HFL_NO_ZERO && value_shift_ == 0) return total;
@@ -208,7 +208,7 @@ template <class Way, int M> class TileProduct {
     float value_shift_;
     TileScales scales_;
     const bool reads_on_;  // beyond the end of a row
-    const bool passes_ = x_.batch == M && codes_pass_caches();  // no further pass reads codes again
+    const bool passes_ = x_.batch <= M && codes_pass_caches();  // no further pass reads codes again
     union {
         Float total;  // of scaled blocks
         Sum sum;      // where rows have one scale
@@ -225,10 +225,11 @@ template <class Way>
 void multiply_batch(const hfl_matrix& w, const Geometry& geometry, const Inputs& x, int64_t first, int64_t last, void* y,
                     int type) {
     for (int64_t m = 0, M; m < x.batch; m += M) {
-        M = together(x.batch - m);
-        if constexpr (Simd::max_batch >= 8)
+        M = together<Way>(x.batch - m);
+        if constexpr (Way::max_batch >= 8)
             if (M == 8) multiply_rows<Way, 8>(w, geometry, x, m, first, last, y, type);
-        if (M == 4) multiply_rows<Way, 4>(w, geometry, x, m, first, last, y, type);
+        if constexpr (Way::max_batch >= 4)
+            if (M == 4) multiply_rows<Way, 4>(w, geometry, x, m, first, last, y, type);
         if (M == 1) multiply_rows<Way, 1>(w, geometry, x, m, first, last, y, type);
     }
 }

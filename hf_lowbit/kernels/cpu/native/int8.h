@@ -4,15 +4,21 @@
 #include <cmath>
 
 #include "gemv.h"
+#include "integer_ways.h"
 
 namespace {
 
 constexpr int64_t most_summed_columns = 1 << 20;  // of one scale: sums of 127 * 128 fit into 32 bits
 
-// Widths whose codes do not cross bytes, tables that are integers, groups of whole lanes (four bytes).
+// Widths whose codes do not cross bytes, groups of whole lanes (four bytes).
+inline bool lie_in_bytes(const hfl_matrix& w) {
+    return w.packing == HFL_DENSE && 8 % w.bits == 0 && lanes_fit_groups(w) &&
+           (w.bits < 8 || w.decoder == HFL_INTEGER) && w.columns / w.groups <= most_summed_columns;
+}
+
+// Tables that are integers, in these layouts.
 inline int multiplies_int8(const hfl_matrix* w) {
-    return w->integer_multiplier > 0 && w->packing == HFL_DENSE && 8 % w->bits == 0 && lanes_fit_groups(*w) &&
-           (w->bits < 8 || w->decoder == HFL_INTEGER) && w->columns / w->groups <= most_summed_columns;
+    return w->integer_multiplier > 0 && (lie_in_bytes(*w) || are_exact_as_floats(*w));
 }
 
 // Four codes per lane and step, those at one place in their bytes; inputs of one scale, or with groups.
@@ -21,7 +27,7 @@ template <int bits, bool grouped> struct InBytes {
     using Sum = Dot::Int;
     using Weights = typename Dot::template Weights<bits>;
     static constexpr bool is_integer = true, has_input_groups = grouped;
-    static constexpr int lanes = Dot::lanes, steps = 8 / bits, block_words = Dot::lanes;
+    static constexpr int lanes = Dot::lanes, max_batch = Simd::max_batch, steps = 8 / bits, block_words = Dot::lanes;
     template <int M> static constexpr int chains = 1;
     static_assert(Dot::lanes == Simd::lanes, "scales are vectors of floats");
 
@@ -54,17 +60,17 @@ template <int bits, bool grouped> struct InBytes {
     }
 };
 
-template <class Use> void with_code_way(const hfl_matrix& w, bool grouped, Use use) {
-    auto with_width = [&](auto bits) {
-        constexpr int width = decltype(bits)::value;
-        if (grouped && w.groups > 1) use(Type<InBytes<width, true>>());
-        else use(Type<InBytes<width, false>>());
-    };
+template <bool grouped, class Use> void with_code_way(const hfl_matrix& w, Use use) {
+    if (w.packing == HFL_BASE3) return use(Type<IntegersInDigits>());
     switch (w.bits) {
-        case 1: return with_width(std::integral_constant<int, 1>());
-        case 2: return with_width(std::integral_constant<int, 2>());
-        case 4: return with_width(std::integral_constant<int, 4>());
-        default: return with_width(std::integral_constant<int, 8>());
+        case 1: return use(Type<InBytes<1, grouped>>());
+        case 2: return use(Type<InBytes<2, grouped>>());
+        case 3: return use(Type<IntegersInLanes<3>>());
+        case 4: return use(Type<InBytes<4, grouped>>());
+        case 5: return use(Type<IntegersInLanes<5>>());
+        case 6: return use(Type<IntegersInLanes<6>>());
+        case 7: return use(Type<IntegersInLanes<7>>());
+        default: return use(Type<InBytes<8, grouped>>());
     }
 }
 
@@ -73,8 +79,12 @@ inline int linear_int8(const hfl_matrix* const* matrices, int count, const int8_
     for (int i = 0; i < count; i++)
         if (!multiplies_int8(matrices[i]) || (x_groups != 1 && x_groups != matrices[i]->groups)) return -1;
     multiply_matrices(
-        matrices, count, y, type, threads, [](int) { return true; }, [](int, int) { return true; },
-        [&](int i, auto use) { with_code_way(*matrices[i], x_groups > 1, use); },
+        matrices, count, y, type, threads, [](int) { return true; },
+        [&](int i, int k) { return matrices[k]->packing == matrices[i]->packing; },
+        [&](int i, auto use) {
+            if (x_groups > 1 && matrices[i]->groups > 1) with_code_way<true>(*matrices[i], use);
+            else with_code_way<false>(*matrices[i], use);
+        },
         [&](auto way, const hfl_matrix& w, const Geometry& geometry) {
             return Inputs(way, w, geometry, x, HFL_INT8, m, w.columns, {x_scale, x_groups});
         },

@@ -48,7 +48,8 @@ HFL_API int hfl_linear(const hfl_matrix* const* matrices, int count, const void*
                void* const* y, int threads);
 
 // As hfl_linear for int8 codes x [m, columns] (-127..127) with float32 scales [m, x_groups]: one per row of x, or as many
-// as every matrix has groups; integer sums per group. Returns -1 where hfl_multiplies_int8 is 0.
+// as every matrix has groups; sums of integers per group, as int32 or as floats that hold them.
+// Returns -1 where hfl_multiplies_int8 is 0.
 HFL_API int hfl_linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* x_scale,
                     int64_t x_groups, int64_t m, int type, void* const* y, int threads);
 HFL_API int hfl_multiplies_int8(const hfl_matrix* matrix);

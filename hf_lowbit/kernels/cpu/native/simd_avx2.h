@@ -10,6 +10,7 @@ namespace {
 struct Simd {
     static constexpr int lanes = 8;
     static constexpr int max_batch = 4;
+    static constexpr int max_batch_of_integers = 4;  // that meet as floats: more is not worth compiling it
     static constexpr int rows_together = 1;  // of one input, in registers
     static constexpr int first_arithmetic_width = 4;  // from here on arithmetic is faster than a table
     using Float = __m256;
@@ -22,6 +23,11 @@ struct Simd {
         const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         if (!are_bfloat16) return _mm256_cvtph_ps(halves);
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+    static Float set_half(const uint16_t* p, bool is_bfloat16) {
+        const Int halves = _mm256_set1_epi16(static_cast<int16_t>(*p));
+        if (!is_bfloat16) return _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+        return _mm256_castsi256_ps(both(halves, static_cast<int>(0xffff0000)));
     }
     static Float pick_bfloat16(const uint16_t* p, Int at) { return permute(load_halves(p, true), at); }
     static void store(float* p, Float a) { _mm256_storeu_ps(p, a); }

@@ -12,6 +12,7 @@ namespace {
 struct Simd {
     static constexpr int lanes = 16;
     static constexpr int max_batch = 8;
+    static constexpr int max_batch_of_integers = 4;  // that meet as floats: more is not worth compiling it
     static constexpr int rows_together = 4;  // of one input, in registers
     static constexpr int first_arithmetic_width = 6;  // from here on arithmetic is faster than a table
     using Float = __m512;
@@ -24,6 +25,11 @@ struct Simd {
         const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
         if (!are_bfloat16) return _mm512_cvtph_ps(halves);
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    static Float set_half(const uint16_t* p, bool is_bfloat16) {
+        const Int halves = _mm512_set1_epi16(static_cast<int16_t>(*p));
+        if (!is_bfloat16) return _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+        return _mm512_castsi512_ps(both(halves, static_cast<int>(0xffff0000)));
     }
     static Float pick_bfloat16(const uint16_t* p, Int at) {
         const Int halves = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

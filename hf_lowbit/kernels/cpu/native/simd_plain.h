@@ -10,6 +10,7 @@ namespace {
 struct Simd {
     static constexpr int lanes = 8;
     static constexpr int max_batch = 4;
+    static constexpr int max_batch_of_integers = 1;  // that meet as floats: more is not worth compiling it
     static constexpr int rows_together = 1;  // of one input, in registers
     static constexpr int first_arithmetic_width = 9;  // never: a table in memory is as fast as arithmetic
     struct Float { float lane[lanes]; };
@@ -30,6 +31,9 @@ struct Simd {
     static Float load(const float* p) { Float r; std::memcpy(&r, p, sizeof r); return r; }
     static Float load_halves(const uint16_t* p, bool are_bfloat16) {
         return make([&](int i) { return are_bfloat16 ? from_bfloat16(p[i]) : from_float16(p[i]); });
+    }
+    static Float set_half(const uint16_t* p, bool is_bfloat16) {
+        return set(is_bfloat16 ? from_bfloat16(*p) : from_float16(*p));
     }
     static Float pick_bfloat16(const uint16_t* p, Int at) { return permute(load_halves(p, true), at); }
     static void store(float* p, Float a) { std::memcpy(p, &a, sizeof a); }

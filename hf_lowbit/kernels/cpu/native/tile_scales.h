@@ -14,6 +14,12 @@ HFL_INLINE inline Simd::Float load_vector(const void* numbers, int64_t first, in
     return Simd::load_halves(static_cast<const uint16_t*>(numbers) + first, type == HFL_BFLOAT16);
 }
 
+// Number `at` in every lane.
+HFL_INLINE inline Simd::Float broadcast(const void* numbers, int64_t at, int type) {
+    if (type == HFL_FLOAT32) return Simd::set(static_cast<const float*>(numbers)[at]);
+    return Simd::set_half(static_cast<const uint16_t*>(numbers) + at, type == HFL_BFLOAT16);
+}
+
 // In lane i number first + at[i], where `at` is less than a vector's lanes.
 HFL_INLINE inline Simd::Float pick(const void* numbers, int64_t first, Simd::Int at, int type) {
     if (type == HFL_BFLOAT16) return Simd::pick_bfloat16(static_cast<const uint16_t*>(numbers) + first, at);

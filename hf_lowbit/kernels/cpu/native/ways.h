@@ -36,7 +36,7 @@ template <int bits, int decoder> struct InLanes : OneFloat {
 
     V values;
     explicit InLanes(const hfl_matrix& w) : values(w) {}
-    static void arrange(const float* in, int j, float* out) {
+    template <class Number> static void arrange(const Number* in, int j, float* out) {
         for (int i = 0; i < Simd::lanes; i++) out[i] = V::place(j) * in[i * steps + j];
     }
     template <int M> HFL_INLINE static Loaded load(const uint32_t* p) {
@@ -74,7 +74,7 @@ struct InDigits : OneFloat {
     static bool fits(const hfl_matrix& w) {  // values are digits and an offset
         return w.table[1] - w.table[0] == 1.0f && w.table[2] - w.table[1] == 1.0f;
     }
-    static void arrange(const float* in, int j, float* out) {
+    template <class Number> static void arrange(const Number* in, int j, float* out) {
         for (int i = 0; i < Simd::lanes; i++) out[i] = in[i * steps + j];
     }
     template <int M> HFL_INLINE static Loaded load(const uint32_t* p) {
