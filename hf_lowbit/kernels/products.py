@@ -149,7 +149,9 @@ def convolution_of_codes(
     matrix = native(packed, inputs.codes.device, dtype, backend)
     together = inputs.codes.reshape(positions, -1)  # tap by tap, as they lie: runs of all channels are copied
     one_group = inputs.scale.shape[-1] == 1 and packed.spec.groups(packed.columns) == 1 and packed.scale_range is None
-    if one_group and (matrix is None or route(together, matrix, activation) != "int8"):
+    way = route(together, matrix, activation)  # patches of floats cost each position, unpacking costs each row
+    unpacks = way in ("reference", "sliced") or (way == "floats" and positions > packed.weight.shape[0])
+    if one_group and unpacks:
         result = sliced_linear(together, inputs.scale, packed, dtype, taps)
         return shifted_product(result, inputs, packed, sums).to(dtype)
     patches = together.unflatten(1, (taps, channels)).transpose(1, 2).flatten(1)

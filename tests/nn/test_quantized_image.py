@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.formats import ActivationSpec, WeightSpec
-from hf_lowbit.kernels import restore_tokens
+from hf_lowbit.kernels import products, restore_tokens
 from hf_lowbit.kernels.activation import integer_grid, quantize_tokens
 from hf_lowbit.nn import LayerSpec, PackedModule
 from hf_lowbit.nn.quantized_image import reads_image
@@ -59,7 +59,16 @@ def of_patches(layer: PackedModule, x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("form", [{"bits": 8, "group_size": None}, {"bits": 4, "group_size": "tensor"}], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"bits": 8, "group_size": None},
+        {"bits": 4, "group_size": "tensor"},
+        {"bits": 3, "group_size": None},
+        {"format": "nf", "bits": 4, "group_size": None},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("activation", INPUTS.values(), ids=INPUTS)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @torch.no_grad()
@@ -69,6 +78,18 @@ def test_it_is_the_product_of_patches(pack: Pack, name: str, activation: Activat
     with at_timestep(torch.tensor([900, 900, 480, 120, 500, 3])):
         y, expected = layer(x), of_patches(layer, x)
     assert y.shape == expected.shape and (y - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_few_positions_are_not_worth_unpacking(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = quantized(pack, "3x3", INPUTS["asymmetric"], format="nf", bits=4, group_size=None)
+    expected = of_patches(layer, x)
+    monkeypatch.setattr(products, "sliced_linear", None)
+    y = layer(x[:1, :, :3, :4])  # as many positions as rows
+    inner = expected[:1, :, :2, :3]  # which do not see what was cut
+    assert (y[..., :2, :3] - inner).abs().max() < 2e-6 * expected.abs().max()
+    with pytest.raises(TypeError):
+        layer(x[:1, :, :3, :5])
 
 
 @pytest.mark.parametrize("size", [36, 18, 9])
