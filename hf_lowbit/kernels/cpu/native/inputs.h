@@ -8,7 +8,7 @@
 namespace {
 
 // How many of the remaining inputs go together through one pass over the codes. One place may stay empty: three passes
-// take longer than that of four inputs.
+// take at least as long as that of four inputs.
 template <class Way> int64_t together(int64_t remaining) {
     return Way::max_batch >= 8 && remaining >= 7 ? 8 : Way::max_batch >= 4 && remaining >= 3 ? 4 : 1;
 }
@@ -40,8 +40,8 @@ struct InputScales {
     float of(int64_t input, int64_t group) const { return values[groups > 1 ? input * groups + group : input]; }
 };
 
-// For each pass [block][j][input][lane]: read from front to back. Empty places are zeros. A lane is a float, a pair of bfloat16 numbers, or four
-// int8 codes.
+// For each pass [block][j][input][lane]: read from front to back. A lane is a float, a pair of bfloat16 numbers, or four
+// int8 codes; zeros in empty places.
 struct Inputs {
     int64_t stride, batch, groups, starts_per_input = 0;
     Aligned<float> values;
