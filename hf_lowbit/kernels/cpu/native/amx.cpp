@@ -59,7 +59,7 @@ int linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, c
     bool all = m > few_inputs && x_groups == 1;
     for (int i = 0; i < count; i++) {
         if (!avx512_kernels.multiplies_int8(matrices[i])) return -1;
-        all = all && with_byte_decoder<Bytes>(*matrices[i], [](auto) {});
+        all = all && with_byte_decoder<Bytes, false>(*matrices[i], [](auto) {});
     }
     if (!all) return avx512_kernels.linear_int8(matrices, count, x, scale, x_groups, m, type, y, threads);
     for (int64_t m0 = 0; m0 < m; m0 += most_inputs) {
@@ -68,13 +68,13 @@ int linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, c
         for (int i = 0; i < count; i++) {
             const hfl_matrix& w = *matrices[i];
             if (i && share_inputs(*matrices[i - 1], w)) { inputs[i] = inputs[i - 1]; continue; }
-            with_byte_decoder<Bytes>(w, [&](auto decoder) {
+            with_byte_decoder<Bytes, false>(w, [&](auto decoder) {
                 inputs[i] = std::make_shared<ByteInputs>(decoder, w, x + m0 * w.columns, scale + m0, n);
             });
         }
         share_rows(matrices, count, threads, piece_rows, [&](int i, int64_t first, int64_t last) {
             const hfl_matrix& w = *matrices[i];
-            with_byte_decoder<Bytes>(w, [&](auto decoder) {
+            with_byte_decoder<Bytes, false>(w, [&](auto decoder) {
                 multiply_bytes<typename decltype(decoder)::type>(w, *inputs[i], first, last, y[i], m0 * w.rows, type);
             });
         });

@@ -15,7 +15,7 @@ int few_or_many(const hfl_matrix* const* matrices, int count, const int8_t* x, c
     bool panels = m > few_codes;
     for (int i = 0; i < count; i++) {
         if (!multiplies_int8(matrices[i]) || (x_groups != 1 && x_groups != matrices[i]->groups)) return -1;
-        panels = panels && with_byte_decoder<ByteDecoder>(*matrices[i], [](auto) {});
+        panels = panels && with_byte_decoder<ByteDecoder, true>(*matrices[i], [](auto) {});
     }
     const auto multiply = panels ? linear_byte_panels : linear_int8;
     return multiply(matrices, count, x, x_scale, x_groups, m, type, y, threads);
@@ -24,7 +24,7 @@ int few_or_many(const hfl_matrix* const* matrices, int count, const int8_t* x, c
 constexpr Kernels with_panels(Kernels kernels) {
     kernels.linear_int8 = few_or_many;
     kernels.multiplies_many = [](const hfl_matrix* w, int type) {
-        const bool panels = type == HFL_INT8 && multiplies_int8(w) && with_byte_decoder<ByteDecoder>(*w, [](auto) {});
+        const bool panels = type == HFL_INT8 && multiplies_int8(w) && with_byte_decoder<ByteDecoder, true>(*w, [](auto) {});
         return static_cast<int>(panels);
     };
     return kernels;

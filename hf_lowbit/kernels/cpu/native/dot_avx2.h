@@ -23,6 +23,8 @@ struct Dot {
             return _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(words, j * bits), low));
         }
     };
+    static constexpr bool has_quads = false;
+    template <int> struct Quads {};  // not used here
     static Int load(const void* p) { return _mm256_loadu_si256(static_cast<const Int*>(p)); }
     template <bool> static Int load_codes(const void* p) { return load(p); }
     static Int start(const int32_t*) { return zero(); }

@@ -23,6 +23,54 @@ struct Dot {
             return _mm512_permutexvar_epi8(_mm512_srli_epi16(words, j * bits), table);  // the same for any higher bits
         }
     };
+
+    static constexpr bool has_quads = true;
+    // Of widths that cross bytes: four codes in every lane, each in the low bits of a byte, as unsigned weights.
+    template <int bits> struct QuadTable {
+        Int table[bits == 7 ? 2 : 1];
+        explicit QuadTable(const int8_t* values) {
+            alignas(64) uint8_t all[128];
+            for (int i = 0; i < 128; i++) all[i] = static_cast<uint8_t>(values[i & ((1 << bits) - 1)] + 128);
+            for (int i = 0; i < (bits == 7 ? 2 : 1); i++) table[i] = _mm512_load_si512(all + 64 * i);
+        }
+        Int look_up(Int codes) const {  // the same for any higher bits
+            if constexpr (bits == 7) return _mm512_permutex2var_epi8(table[0], codes, table[1]);
+            return _mm512_permutexvar_epi8(codes, table[0]);
+        }
+    };
+    // 64 codes that lie side by side.
+    template <int bits> struct Quads : QuadTable<bits> {
+        Int bytes, offsets;  // of each lane's four; of each code, in bits, in pairs of lanes
+        explicit Quads(const int8_t* values) : QuadTable<bits>(values) {
+            alignas(64) uint8_t from[64], by[64];
+            for (int e = 0; e < 64; e++) {
+                const int first = e / 4 * 4 * bits;
+                from[e] = static_cast<uint8_t>(first / 8 + e % 4);
+                by[e] = static_cast<uint8_t>(e % 8 / 4 * 32 + first % 8 + e % 4 * bits);
+            }
+            bytes = _mm512_load_si512(from), offsets = _mm512_load_si512(by);
+        }
+        static Int load(const void* p) { return _mm512_maskz_loadu_epi32((1u << 2 * bits) - 1, p); }
+        Int at(Int codes) const {
+            return this->look_up(_mm512_multishift_epi64_epi8(offsets, _mm512_permutexvar_epi8(bytes, codes)));
+        }
+    };
+    // 64 codes of each lane, whose words lie in as many vectors.
+    template <int bits> struct QuadsOfRows : QuadTable<bits> {
+        Int offsets;
+        explicit QuadsOfRows(const int8_t* values) : QuadTable<bits>(values) {
+            alignas(64) uint8_t by[64];
+            for (int e = 0; e < 64; e++) by[e] = static_cast<uint8_t>(e % 8 / 4 * 32 + e % 4 * bits);
+            offsets = _mm512_load_si512(by);
+        }
+        template <int k> Int at(const Int* words) const {
+            constexpr int word = 4 * k * bits / 32, shift = 4 * k * bits % 32;
+            Int codes = _mm512_srli_epi32(words[word], shift);
+            if constexpr (shift + 4 * bits > 32) codes = _mm512_or_si512(codes, _mm512_slli_epi32(words[word + 1], 32 - shift));
+            return this->look_up(_mm512_multishift_epi64_epi8(offsets, codes));
+        }
+    };
+
     static Int load(const void* p) { return _mm512_loadu_si512(p); }
     template <bool stay> static Int load_codes(const void* p) { return Simd::template load_codes<stay>(p); }
     // -128 * (sum of the inputs of each lane), to which add_start adds that of more inputs.

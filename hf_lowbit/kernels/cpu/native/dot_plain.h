@@ -18,6 +18,8 @@ struct Dot {
             return words;
         }
     };
+    static constexpr bool has_quads = false;
+    template <int> struct Quads {};  // not used here
     static Int load(const void* p) { Int r; std::memcpy(&r, p, sizeof r); return r; }
     template <bool> static Int load_codes(const void* p) { return load(p); }
     static Int start(const int32_t*) { return zero(); }

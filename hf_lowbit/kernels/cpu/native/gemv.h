@@ -252,7 +252,8 @@ void multiply_matrices(const hfl_matrix* const* matrices, int count, void* const
                 prepared[i] = prepared[k];
         if (prepared[i]) continue;
         with_way(i, [&](auto way) {
-            Geometry geometry(*matrices[i], decltype(way)::type::lanes);
+            using Way = typename decltype(way)::type;
+            Geometry geometry(*matrices[i], Way::lanes, Way::lane_codes(*matrices[i]));
             Inputs inputs = make(way, *matrices[i], geometry);
             prepared[i] = std::make_shared<Prepared>(Prepared{std::move(geometry), std::move(inputs)});
         });

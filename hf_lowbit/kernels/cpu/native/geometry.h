@@ -1,6 +1,6 @@
 // How a row's codes lie in vector lanes, and which scale each lane of a block needs.
 //
-// A lane owns the smallest run of whole 32-bit words that holds whole codes: one word for 1, 2, 4 and 8 bits, three
+// In most ways a lane owns the smallest run of whole 32-bit words that holds whole codes: one word for 1, 2, 4 and 8 bits, three
 // words (16 codes) for 6 bits, `bits` words (32 codes) for 3, 5 and 7. A block is one such run per lane. The j-th codes
 // of all lanes come out of the words together, and inputs are put into that order. In base 3 a lane owns a byte.
 #pragma once
@@ -30,9 +30,8 @@ struct Geometry {
     std::vector<int32_t> first;   // [blocks] first group of each block, or some groups before it
     AlignedVector<int32_t> lane;  // [blocks, lanes] group of each lane, less the block's first; empty if always 0
 
-    Geometry(const hfl_matrix& w, int lanes) {
+    Geometry(const hfl_matrix& w, int lanes, int codes) {
         const int64_t columns = w.columns, groups = w.groups;
-        const int codes = codes_per_lane(w);
         block = static_cast<int64_t>(codes) * lanes;
         blocks = (columns + block - 1) / block;
         if (groups == 1) return;

@@ -1,10 +1,11 @@
 // Panels of bytes and int8 inputs (VNNI). Weights are made unsigned by adding 128, which sums take away again by where
 // they start. Integer sums of a group, or of the part of it that is in the cache, are scaled and added in float32.
 #pragma once
-#include <cmath>
+#include <algorithm>
+#include <type_traits>
 
 #include "byte_decoders.h"
-#include "dot_avx512.h"
+#include "int8.h"
 #include "panels.h"
 #include "scales.h"
 
@@ -15,16 +16,25 @@ struct ByteDot {
     HFL_INLINE static Sum add(Sum sum, __m512i weights, __m512i inputs) { return Dot::add(sum, weights, inputs); }
 };
 
-// Words lie sixteen rows side by side before they are decoded: four bytes hold the j-th codes of the bytes of a word.
+// Words lie sixteen rows side by side before they are decoded. Four bytes hold the j-th codes of the bytes of a word, or
+// four neighbours, where codes cross bytes.
 template <int bits> struct ByteDecoder {
-    static constexpr int codes = 8 / bits, words = byte_codes / 4 / codes;
-    using Weights = typename Dot::template Weights<bits>;
-    static int position(int e) { return (e / 4 / codes * 4 + e % 4) * codes + e / 4 % codes; }
-    static Weights weights(const hfl_matrix& w) {
-        int8_t values[1 << bits];
-        for (int c = 0; c < (1 << bits); c++)
-            values[c] = static_cast<int8_t>(std::lround(w.table[c] * static_cast<float>(w.integer_multiplier)));
-        return Weights(values);
+    static constexpr bool crosses = 8 % bits != 0;
+    static constexpr int words = 2 * bits, codes = 8 / bits;    // words of a step, codes of a byte
+    static constexpr int together = crosses ? words : 16;  // words that are decoded together
+    using Weights = std::conditional_t<crosses, Dot::QuadsOfRows<bits>, Dot::Weights<bits>>;
+
+    static int position(int e) { return crosses ? e : (e / 4 / codes * 4 + e % 4) * codes + e / 4 % codes; }
+    static Weights weights(const hfl_matrix& w) { return integer_weights<bits, Weights>(w); }
+    // store(k, the k-th four bytes of sixteen rows) of so many words.
+    template <class Store> HFL_INLINE static void decode(const Weights& weights, const __m512i* part, int count, Store store) {
+        if constexpr (crosses)
+            repeat<byte_codes / 4>([&](auto k) HFL_INLINE { store(k.value, weights.template at<decltype(k)::value>(part)); });
+        else
+            for (int q = 0; q < count; q++)
+                repeat<codes>([&](auto j) HFL_INLINE {
+                    store(q * codes + j.value, weights.template at<decltype(j)::value>(part[q]));
+                });
     }
 };
 
@@ -87,18 +97,17 @@ template <class Decoder> class ByteRows {
     template <int vectors> void decode(int v, int count, int64_t step, int64_t n, char* panel) const {
         const uint32_t* first = w_.codes + (first_ + v * vector_rows) * w_.words + step * Decoder::words;
         const typename Decoder::Weights weights = weights_;  // in registers
-        for (int64_t at = 0; at < n * Decoder::words; at += 16) {
-            const int words = static_cast<int>(std::min<int64_t>(16, n * Decoder::words - at));
+        for (int64_t at = 0; at < n * Decoder::words; at += Decoder::together) {
+            const int words = static_cast<int>(std::min<int64_t>(Decoder::together, n * Decoder::words - at));
             const __mmask16 these = static_cast<__mmask16>((1u << words) - 1);
             __m512i part[vector_rows];
             for (int r = 0; r < vector_rows; r++)
                 part[r] = _mm512_maskz_loadu_epi32(r < count ? these : 0, first + (r < count ? r : 0) * w_.words + at);
             transpose(part);
-            for (int q = 0; q < words; q++)
-                repeat<Decoder::codes>([&](auto j) HFL_INLINE {
-                    _mm512_store_si512(place<vectors>(panel, (at + q) * Decoder::codes + j.value, v),
-                                       weights.template at<decltype(j)::value>(part[q]));
-                });
+            const int64_t k = at / Decoder::words * (byte_codes / 4) + at % Decoder::words * Decoder::codes;
+            Decoder::decode(weights, part, words, [&](int i, __m512i bytes) HFL_INLINE {
+                _mm512_store_si512(place<vectors>(panel, k + i, v), bytes);
+            });
         }
     }
 
@@ -159,7 +168,7 @@ inline int linear_byte_panels(const hfl_matrix* const* matrices, int count, cons
                               int64_t x_groups, int64_t m, int type, void* const* y, int threads) {
     multiply_panels<ByteRows, ByteStepInputs>(
         matrices, count, m, y, type, threads,
-        [](const hfl_matrix& w, auto use) { with_byte_decoder<ByteDecoder>(w, use); },
+        [](const hfl_matrix& w, auto use) { with_byte_decoder<ByteDecoder, true>(w, use); },
         [&](auto decoder, const hfl_matrix& w, int64_t m0, int64_t n) {
             return ByteStepInputs(decoder, w, x + m0 * w.columns, x_scale + m0 * x_groups, x_groups, n,
                                   threads);

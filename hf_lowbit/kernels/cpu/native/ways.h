@@ -2,7 +2,9 @@
 // order the inputs have to lie.
 //
 // A way offers
-//   lanes, steps, block_words: how many runs of codes that share a scale a block has, and of how many codes; its words;
+//   lanes, lane_codes(w): how many runs of codes that share a scale a block has, and of how many codes;
+//   steps, block_words: in how many steps they come out of the block's words, and the number of these;
+//   max_batch: the most inputs of a pass;
 //   Input: float, uint16_t for bfloat16 numbers as they are, or int8_t for codes;
 //   arrange(in, j, out): the inputs of the j-th codes of all lanes, from a block's inputs in their own order;
 //   load<M>(words), at<j>(loaded): the j-th values of all lanes, for M inputs;
