@@ -24,7 +24,7 @@ struct Dot {
         }
     };
     static constexpr bool has_quads = false;
-    template <int> struct Quads {};  // not used here
+    template <int> struct Quads { static constexpr int steps = 1; };  // not used here
     static Int load(const void* p) { return _mm256_loadu_si256(static_cast<const Int*>(p)); }
     template <bool> static Int load_codes(const void* p) { return load(p); }
     static Int start(const int32_t*) { return zero(); }

@@ -38,21 +38,26 @@ struct Dot {
             return _mm512_permutexvar_epi8(codes, table[0]);
         }
     };
-    // 64 codes that lie side by side.
+    // Codes that lie side by side, four to a lane and step: 64, or 128 where a lane's are within 32 bits.
     template <int bits> struct Quads : QuadTable<bits> {
-        Int bytes, offsets;  // of each lane's four; of each code, in bits, in pairs of lanes
+        static constexpr int steps = bits == 3 ? 2 : 1;
+        Int bytes, offsets[steps];  // of each lane's codes; of each code, in bits, in pairs of lanes
         explicit Quads(const int8_t* values) : QuadTable<bits>(values) {
-            alignas(64) uint8_t from[64], by[64];
+            alignas(64) uint8_t from[64], by[steps][64];
             for (int e = 0; e < 64; e++) {
-                const int first = e / 4 * 4 * bits;
+                const int first = e / 4 * steps * 4 * bits;
                 from[e] = static_cast<uint8_t>(first / 8 + e % 4);
-                by[e] = static_cast<uint8_t>(e % 8 / 4 * 32 + first % 8 + e % 4 * bits);
+                for (int j = 0; j < steps; j++)
+                    by[j][e] = static_cast<uint8_t>(e % 8 / 4 * 32 + first % 8 + (4 * j + e % 4) * bits);
             }
-            bytes = _mm512_load_si512(from), offsets = _mm512_load_si512(by);
+            bytes = _mm512_load_si512(from);
+            for (int j = 0; j < steps; j++) offsets[j] = _mm512_load_si512(by[j]);
         }
-        static Int load(const void* p) { return _mm512_maskz_loadu_epi32((1u << 2 * bits) - 1, p); }
-        Int at(Int codes) const {
-            return this->look_up(_mm512_multishift_epi64_epi8(offsets, _mm512_permutexvar_epi8(bytes, codes)));
+        Int load(const void* p) const {
+            return _mm512_permutexvar_epi8(bytes, _mm512_maskz_loadu_epi32((1u << 2 * bits * steps) - 1, p));
+        }
+        template <int j> Int at(Int codes) const {
+            return this->look_up(_mm512_multishift_epi64_epi8(offsets[j], codes));
         }
     };
     // 64 codes of each lane, whose words lie in as many vectors.

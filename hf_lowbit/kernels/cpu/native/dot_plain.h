@@ -19,7 +19,7 @@ struct Dot {
         }
     };
     static constexpr bool has_quads = false;
-    template <int> struct Quads {};  // not used here
+    template <int> struct Quads { static constexpr int steps = 1; };  // not used here
     static Int load(const void* p) { Int r; std::memcpy(&r, p, sizeof r); return r; }
     template <bool> static Int load_codes(const void* p) { return load(p); }
     static Int start(const int32_t*) { return zero(); }

@@ -16,9 +16,11 @@ inline bool lie_in_bytes(const hfl_matrix& w) {
     return w.packing == HFL_DENSE && 8 % w.bits == 0 && lanes_fit_groups(w) && (w.bits < 8 || w.decoder == HFL_INTEGER);
 }
 
-// Other widths, groups of whole lanes (four codes).
+// Other widths, groups of whole lanes (eight or four codes).
 inline bool lie_in_quads(const hfl_matrix& w) {
-    return Dot::has_quads && w.packing == HFL_DENSE && 8 % w.bits != 0 && (w.groups == 1 || w.columns / w.groups % 4 == 0);
+    const int codes = 4 * (w.bits == 3 ? Dot::Quads<3>::steps : 1);
+    return Dot::has_quads && w.packing == HFL_DENSE && 8 % w.bits != 0 &&
+           (w.groups == 1 || w.columns / w.groups % codes == 0);
 }
 
 // Tables that are integers, in these layouts.
@@ -75,19 +77,21 @@ template <int bits, bool grouped> struct InBytes : CodeSums<grouped> {
     template <int j> HFL_INLINE Sum at(Sum words) const { return weights.template at<j>(words); }
 };
 
-// All codes in their order, where they cross bytes.
+// In each step four neighbours, where codes cross bytes.
 template <int bits, bool grouped> struct InQuads : CodeSums<grouped> {
     using Sum = Dot::Int;
     using Weights = typename Dot::template Quads<bits>;
-    static constexpr int steps = 1, block_words = Dot::lanes * bits / 8;
+    static constexpr int steps = Weights::steps, block_words = Dot::lanes * bits / 8 * steps;
 
     Weights weights;
     explicit InQuads(const hfl_matrix& w) : weights(integer_weights<bits, Weights>(w)) {}
 
-    static int lane_codes(const hfl_matrix&) { return 4; }
-    static void arrange(const int8_t* in, int, float* out) { std::memcpy(out, in, 4 * Dot::lanes); }
-    template <int M> HFL_INLINE static Sum load(const uint32_t* p) { return Weights::load(p); }
-    template <int> HFL_INLINE Sum at(Sum words) const { return weights.at(words); }
+    static int lane_codes(const hfl_matrix&) { return 4 * steps; }
+    static void arrange(const int8_t* in, int j, float* out) {
+        for (int i = 0; i < Dot::lanes; i++) std::memcpy(out + i, in + (i * steps + j) * 4, 4);
+    }
+    template <int M> HFL_INLINE Sum load(const uint32_t* p) const { return weights.load(p); }
+    template <int j> HFL_INLINE Sum at(Sum words) const { return weights.template at<j>(words); }
 };
 
 template <int bits, bool grouped>
