@@ -7,7 +7,7 @@ On an NVIDIA GPU the Triton kernels have their own (see :mod:`hf_lowbit.kernels.
   a matrix unit or products of bfloat16 pairs, it decodes once for 128 or 256 and takes any number of tokens;
 - tiles: the native kernel decodes some rows into a buffer, torch multiplies: for many tokens;
 - int8: the native kernel for inputs quantized to integers of 8 bits or fewer, which with AVX-512 decodes once for many,
-  too, if codes do not cross bytes;
+  too, but for base 3;
 - floats: quantized inputs as float32, by native or tiles, where one side is no integers: torch is slower at it;
 - sliced: quantized inputs through torch, group by group: for many tokens where its int8 product is faster; integers of
   which the native kernel has no products, or that have other groups on both sides: their sums stay exact.

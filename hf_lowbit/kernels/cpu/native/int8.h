@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "gemv.h"
-#include "integer_ways.h"
+#include "integers_as_floats.h"
 
 namespace {
 

@@ -10,7 +10,7 @@ namespace {
 struct Simd {
     static constexpr int lanes = 8;
     static constexpr int max_batch = 4;
-    static constexpr int max_batch_of_integers = 4;  // that meet as floats: more is not worth compiling it
+    static constexpr int max_batch_of_integers = 4;  // that meet as floats: more take too long to compile
     static constexpr int rows_together = 1;  // of one input, in registers
     static constexpr int first_arithmetic_width = 4;  // from here on arithmetic is faster than a table
     using Float = __m256;

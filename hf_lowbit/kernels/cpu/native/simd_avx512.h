@@ -12,7 +12,7 @@ namespace {
 struct Simd {
     static constexpr int lanes = 16;
     static constexpr int max_batch = 8;
-    static constexpr int max_batch_of_integers = 4;  // that meet as floats: more is not worth compiling it
+    static constexpr int max_batch_of_integers = 4;  // that meet as floats: more take too long to compile
     static constexpr int rows_together = 4;  // of one input, in registers
     static constexpr int first_arithmetic_width = 6;  // from here on arithmetic is faster than a table
     using Float = __m512;
