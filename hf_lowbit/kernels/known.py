@@ -1,9 +1,10 @@
-"""Products of few tokens that are known but for the values of their input.
+"""Products that are known but for the values of their input; of many tokens, but for their number too.
 
 Decoding takes hundreds of products for every token, and what each needs beside its input (layout, route, addresses,
 launch) is the same as for the last token: to find it takes longer than most products. So what was found is kept, by all
 that it depends on. As addresses are among that, nobody has to tell when a weight is moved, replaced or repacked: then
-the product is another one. What is written to the same place is read from there.
+the product is another one. What is written to the same place is read from there. Prompts have any length: of many
+tokens only those products are kept that take the same way for every number of them.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from hf_lowbit.formats import PackedTensor, WeightSpec
 from hf_lowbit.kernels import cpu, humming, triton
 from hf_lowbit.kernels.routes import native, on_gpu, route
 
-MOST_TOKENS = 16  # beyond, finding the way no longer counts
+MOST_TOKENS = 16  # few: a product for each number of them
 
 Product: TypeAlias = Callable[[Tensor], list[Tensor]]
-"""Contiguous inputs of one shape, type and device times matrices that lie where they lay: it has their addresses."""
+"""Contiguous inputs of one type and device, few of one shape, times matrices that lie where they lay: by address."""
 
 _MOST_KNOWN = 1 << 16
 _known: dict[tuple[Any, ...], dict[tuple[int, ...], Product | None]] = {}  # by inputs, then by what multiplies them
@@ -31,12 +32,14 @@ _specs: dict[int, WeightSpec] = {}  # which keys have by their identity: they st
 def known_products(x: Tensor, weights: Sequence[PackedTensor], backend: str | None) -> Product | None:
     """From x ``[..., columns]``, not quantized, to its products ``[..., rows]`` with packed matrices.
 
-    None where there is more to a product than a call of a kernel: many tokens, no kernel, scales that are codes.
+    None where there is more to a product than a call of a kernel: no kernel, scales that are codes, many tokens where
+    their number decides which way they take.
 
     What belongs to one product comes from memory every time, a line after the other: codes have pushed it out of the
     caches since the last token. So there is little of it: plain numbers are compared, and what is common lies together.
     """
-    if x.numel() > MOST_TOKENS * x.shape[-1] or not x.is_contiguous():
+    is_many = x.numel() > MOST_TOKENS * x.shape[-1]
+    if not x.is_contiguous() or (is_many and x.is_cuda):
         return None
     key: list[int] = []
     for packed in weights:
@@ -50,7 +53,7 @@ def known_products(x: Tensor, weights: Sequence[PackedTensor], backend: str | No
             key.append(zero_point.data_ptr())
         if table is not None:
             key.append(table.data_ptr())
-    inputs, matrices = (x.shape, x.dtype, x.device, backend), tuple(key)
+    inputs, matrices = (None if is_many else x.shape, x.dtype, x.device, backend), tuple(key)
     try:
         return _known[inputs][matrices]
     except KeyError:
@@ -60,7 +63,7 @@ def known_products(x: Tensor, weights: Sequence[PackedTensor], backend: str | No
     if sum(map(len, _known.values())) >= _MOST_KNOWN:
         _known.clear()
         _specs.clear()
-    found = _known.setdefault(inputs, {})[matrices] = _find(x, weights, backend)
+    found = _known.setdefault(inputs, {})[matrices] = (_find_many if is_many else _find)(x, weights, backend)
     _specs.update((id(packed.spec), packed.spec) for packed in weights)
     return found
 
@@ -80,6 +83,22 @@ def _find(x: Tensor, weights: Sequence[PackedTensor], backend: str | None) -> Pr
     if len(matrices) < count or (backend == "humming" and any(humming.takes(tokens, packed) for packed in weights)):
         return None
     return _launches(x, matrices)
+
+
+def _find_many(x: Tensor, weights: Sequence[PackedTensor], backend: str | None) -> Product | None:
+    columns = x.shape[-1]
+    if any(packed.columns != columns for packed in weights):
+        return None
+    natives = [native(packed, x.device, x.dtype, backend) for packed in weights]
+    matrices = [matrix for matrix in natives if matrix is not None and cpu.multiplies_many(matrix, x.dtype)]
+    if len(matrices) < len(weights):
+        return None
+
+    def product(x: Tensor) -> list[Tensor]:
+        results, leading = cpu.linear(x.view(-1, columns), matrices), x.shape[:-1]
+        return [result.view(*leading, matrix.rows) for result, matrix in zip(results, matrices, strict=True)]
+
+    return product
 
 
 def _launches(x: Tensor, matrices: Sequence[triton.Matrix]) -> Product | None:

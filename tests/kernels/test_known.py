@@ -102,12 +102,27 @@ def test_tensors_that_lie_otherwise_at_the_same_address_are_not_known(part: str,
     assert found == [1]
 
 
-def test_inputs_that_lie_otherwise_or_are_many_are_not_known(found: list[int]) -> None:
+def test_inputs_that_lie_otherwise_are_not_known(found: list[int]) -> None:
     packed = packed_like()
     assert_right(inputs(COLUMNS).t()[:1], packed)
-    assert_right(inputs(known.MOST_TOKENS + 1), packed)
     assert packed_linear(inputs(0), packed).shape == (0, ROWS)
     assert found == [1]  # of no tokens: that there is no product
+
+
+@pytest.mark.parametrize("takes_any_number", [True, False])
+def test_many_tokens_are_known_whatever_their_number(takes_any_number: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known, "_known", {})
+    monkeypatch.setattr(known.cpu, "multiplies_many", lambda matrix, dtype: takes_any_number)
+    weights = [packed_like(rows=rows) for rows in (16, 48)]
+    for leading in ((known.MOST_TOKENS + 1,), (2, 40), (70,)):
+        x = inputs(*leading).bfloat16()
+        product = known.known_products(x, weights, None)
+        assert (product is not None) == takes_any_number
+        for packed, y in zip(weights, product(x) if product else packed_linears(x, weights), strict=True):
+            assert y.shape == (*leading, len(packed.weight))
+            assert torch.equal(y, packed_linear(x, packed))
+            assert_right(x, packed)
+    assert {inputs[0] for inputs in known._known} == {None}
 
 
 def test_several_matrices_are_one_product(found: list[int]) -> None:

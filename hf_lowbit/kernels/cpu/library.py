@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from hf_lowbit.kernels.cpu.heap import keep_freed_memory
+
 logger = logging.getLogger("hf_lowbit")
 
 _FOLDER = Path(__file__).parent
@@ -58,6 +60,7 @@ def load() -> ctypes.CDLL | None:
     for name, (result, *arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    keep_freed_memory()
     if runner := _torch_runner():
         library.hfl_set_runner(runner)
     else:

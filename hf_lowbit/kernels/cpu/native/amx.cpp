@@ -43,7 +43,7 @@ int linear(const hfl_matrix* const* matrices, int count, const void* x, int type
                 inputs[i] = std::make_shared<ChunkInputs>(decoder, values, n, stride, matrices[i]->columns);
             });
         }
-        share_rows(matrices, count, threads, piece_rows, [&](int i, int64_t first, int64_t last) {
+        share_rows(matrices, count, n, threads, piece_rows, [&](int i, int64_t first, int64_t last) {
             const hfl_matrix& w = *matrices[i];
             with_chunks(w, [&](auto decoder) {
                 multiply_chunks<typename decltype(decoder)::type>(w, *inputs[i], first, last,
@@ -72,7 +72,7 @@ int linear_int8(const hfl_matrix* const* matrices, int count, const int8_t* x, c
                 inputs[i] = std::make_shared<ByteInputs>(decoder, w, x + m0 * w.columns, scale + m0, n);
             });
         }
-        share_rows(matrices, count, threads, piece_rows, [&](int i, int64_t first, int64_t last) {
+        share_rows(matrices, count, n, threads, piece_rows, [&](int i, int64_t first, int64_t last) {
             const hfl_matrix& w = *matrices[i];
             with_byte_decoder<Bytes, false>(w, [&](auto decoder) {
                 multiply_bytes<typename decltype(decoder)::type>(w, *inputs[i], first, last, y[i], m0 * w.rows, type);

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int chunk_codes = 32;
 
-// [chunk of 32 codes][tile of inputs][pair of codes][input][2], codes in the order of the decoder. One tile has as many
+// [chunk of 32 codes][tile of inputs][pair of codes][input][2], pairs in the order of the decoder. One tile has as many
 // inputs as there are, several tiles have sixteen each, the last ones of them zeros.
 struct ChunkInputs {
     int64_t count;
@@ -26,16 +26,13 @@ struct ChunkInputs {
         : count(m), tiles(static_cast<int>((m + tile_inputs - 1) / tile_inputs)),
           width(tiles == 1 ? static_cast<int>(m) : tile_inputs), values(columns * tiles * width) {
         uint16_t* out = values.data();
-        int position[chunk_codes];
-        for (int e = 0; e < chunk_codes; e++) position[e] = Decoder::position(e);
         for (int64_t chunk = 0; chunk < columns; chunk += chunk_codes)
             for (int64_t first = 0; first < m; first += width)
-                for (int pair = 0; pair < chunk_codes / 2; pair++) {
-                    const uint16_t* a = x + chunk + position[2 * pair];
-                    const uint16_t* b = x + chunk + position[2 * pair + 1];
+                for (int k = 0; k < chunk_codes / 2; k++) {
+                    const uint16_t* codes = x + chunk + 2 * Decoder::pair(k);
                     for (int64_t i = first; i < first + width; i++, out += 2) {
-                        out[0] = i < m ? a[i * stride] : 0;
-                        out[1] = i < m ? b[i * stride] : 0;
+                        if (i < m) std::memcpy(out, codes + i * stride, 2 * sizeof(uint16_t));
+                        else out[0] = out[1] = 0;
                     }
                 }
     }

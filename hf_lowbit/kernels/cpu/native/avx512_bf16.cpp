@@ -18,7 +18,7 @@ bool has_chunks(const hfl_matrix& w) {
 int linear_pairs(const hfl_matrix* const* matrices, int count, const Pairing* pairs, const void* x, int64_t m,
                  int64_t stride, void* const* y, int threads) {
     multiply_matrices(
-        matrices, count, y, HFL_BFLOAT16, threads, [](int) { return true; },
+        matrices, count, m, y, HFL_BFLOAT16, threads, [](int) { return true; },
         [&](int i, int k) { return matrices[k]->packing == matrices[i]->packing && pairs[k] == pairs[i]; },
         [&](int i, auto use) { with_pairs(*matrices[i], pairs[i], use); },
         [&](auto way, const hfl_matrix& w, const Geometry& geometry) {

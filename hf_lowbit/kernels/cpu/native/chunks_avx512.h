@@ -7,14 +7,14 @@
 namespace {
 
 // A decoder offers words: how many hold the codes; group(scale, zero): what the next codes are multiplied by and have
-// subtracted; operator()(words): 32 values; position(e): which code the e-th of them is.
+// subtracted; operator()(words): 32 values; pair(k): which pair of codes the k-th two of them are.
 
 // Widths up to six: the table of a group holds finished weights.
 template <int bits> struct ChunkTable {
     static constexpr int words = bits, size = bits <= 4 ? 16 : 1 << bits, parts = size / 16;
-    // Whole codes in 16-bit halves: the halves are repeated, each repetition shifted further. Other widths cross
-    // halves: the two bytes that hold a code are brought together.
-    static constexpr bool halves = 16 % bits == 0;
+    // Four whole codes in 16 bits: those of a 64-bit word are shifted out of it, the words being repeated. Other widths:
+    // the two bytes that hold a code are brought together. What comes beside a code the tables do not look at.
+    static constexpr bool repeats = 16 % bits == 0;
 
     __m512 base[parts];
     __m512i table[parts < 2 ? 1 : parts / 2], bytes, shifts;
@@ -26,15 +26,15 @@ template <int bits> struct ChunkTable {
         alignas(64) uint8_t from[64];
         alignas(64) uint16_t by[32];
         for (int e = 0; e < 32; e++) {
-            const int bit = halves ? 0 : e * bits;
-            from[2 * e] = static_cast<uint8_t>(bit / 8);
-            from[2 * e + 1] = static_cast<uint8_t>(bit / 8 + 1);
-            by[e] = static_cast<uint16_t>(halves ? e / (2 * bits) * bits : bit % 8);
+            const int bit = (bits == 4 ? e / 8 * 4 + e % 4 : e) * bits;
+            from[2 * e] = static_cast<uint8_t>(repeats ? bit : bit / 8);
+            from[2 * e + 1] = static_cast<uint8_t>(repeats ? bit : bit / 8 + 1);
+            by[e] = static_cast<uint16_t>(bit % 8);
         }
         bytes = _mm512_load_si512(from);
         shifts = _mm512_load_si512(by);
     }
-    static int position(int e) { return halves ? e % (2 * bits) * (16 / bits) + e / (2 * bits) : e; }
+    static int pair(int k) { return bits == 4 ? k / 2 % 2 * 8 + k / 4 * 2 + k % 2 : k; }
 
     HFL_INLINE void group(float scale, const float* zero) {
         const __m512 factor = _mm512_set1_ps(scale);
@@ -49,7 +49,7 @@ template <int bits> struct ChunkTable {
                 table[i / 2] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(value[i + 1], value[i]));
     }
     HFL_INLINE __m512i operator()(const uint32_t* p) const {
-        const __m512i codes = _mm512_srlv_epi16(load(p), shifts);
+        const __m512i codes = repeats ? _mm512_multishift_epi64_epi8(bytes, load(p)) : _mm512_srlv_epi16(load(p), shifts);
         if constexpr (bits <= 5) return _mm512_permutexvar_epi16(codes, table[0]);
         else return _mm512_permutex2var_epi16(table[0], codes, table[1]);
     }
@@ -81,7 +81,7 @@ template <int decoder> struct ChunkBytes {
     bool shifted;
 
     explicit ChunkBytes(const hfl_matrix& w) : values(w) {}
-    static int position(int e) { return e; }
+    static int pair(int k) { return k; }
     HFL_INLINE void group(float by, const float* less) {
         scale = _mm512_set1_ps(by);
         shifted = less != nullptr;

@@ -237,8 +237,8 @@ void multiply_batch(const hfl_matrix& w, const Geometry& geometry, const Inputs&
 // Products of several matrices. fits(i): whether the i-th has a way, other(i, first, last, y) computes rows of one that
 // has none; alike(i, k): they can share inputs; with_way(i, use) calls use(Type<the way>); make(way, w, geometry): inputs.
 template <class Fits, class Alike, class WithWay, class Make, class Other>
-void multiply_matrices(const hfl_matrix* const* matrices, int count, void* const* y, int type, int threads, Fits fits,
-                       Alike alike, WithWay with_way, Make make, Other other) {
+void multiply_matrices(const hfl_matrix* const* matrices, int count, int64_t m, void* const* y, int type, int threads,
+                       Fits fits, Alike alike, WithWay with_way, Make make, Other other) {
     struct Prepared {
         Geometry geometry;
         Inputs inputs;
@@ -258,7 +258,7 @@ void multiply_matrices(const hfl_matrix* const* matrices, int count, void* const
             prepared[i] = std::make_shared<Prepared>(Prepared{std::move(geometry), std::move(inputs)});
         });
     }
-    share_rows(matrices, count, threads, tile_rows, [&](int i, int64_t first, int64_t last) {
+    share_rows(matrices, count, m, threads, tile_rows, [&](int i, int64_t first, int64_t last) {
         if (!prepared[i]) return other(i, first, last, y[i]);
         with_way(i, [&](auto way) {
             using Way = typename decltype(way)::type;

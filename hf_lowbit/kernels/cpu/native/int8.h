@@ -116,7 +116,7 @@ inline int linear_int8(const hfl_matrix* const* matrices, int count, const int8_
     for (int i = 0; i < count; i++)
         if (!multiplies_int8(matrices[i]) || (x_groups != 1 && x_groups != matrices[i]->groups)) return -1;
     multiply_matrices(
-        matrices, count, y, type, threads, [](int) { return true; },
+        matrices, count, m, y, type, threads, [](int) { return true; },
         [&](int i, int k) { return matrices[k]->packing == matrices[i]->packing; },
         [&](int i, auto use) {
             if (x_groups > 1 && matrices[i]->groups > 1) with_code_way<true>(*matrices[i], use);

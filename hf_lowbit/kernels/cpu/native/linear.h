@@ -37,7 +37,7 @@ inline bool multiplies_in_lanes(const hfl_matrix& w) {
 inline int linear(const hfl_matrix* const* matrices, int count, const void* x, int type, int64_t m, int64_t stride,
                   void* const* y, int threads) {
     multiply_matrices(
-        matrices, count, y, type, threads, [&](int i) { return multiplies_in_lanes(*matrices[i]); },
+        matrices, count, m, y, type, threads, [&](int i) { return multiplies_in_lanes(*matrices[i]); },
         [&](int i, int k) {
             return matrices[k]->decoder == matrices[i]->decoder && matrices[k]->packing == matrices[i]->packing;
         },

@@ -22,21 +22,8 @@ constexpr int step_bytes = 64;        // of a decoded row
 constexpr int run = 8;                // steps that are decoded together: at most 512 bytes, whose sums floats hold exactly
 constexpr int64_t most_inputs = 512;  // at a time: decoding once for so many is 3 % of the product, 256 are 2 % slower
 
-// Inputs [step][input][64 bytes], codes in the order of the decoder; up to a multiple of eight, the last ones zeros.
-struct StepInputs {
-    int64_t count, padded;
-    Aligned<char> values;
-
-    StepInputs(int64_t m, int64_t steps)
-        : count(m), padded((m + block_inputs - 1) / block_inputs * block_inputs), values(steps * padded * step_bytes) {
-        for (int64_t s = 0; s < steps; s++) std::memset(at(s, m), 0, static_cast<size_t>((padded - m) * step_bytes));
-    }
-    // arrange(input) for each: a few are done before another thread is awake.
-    template <class Arrange> void arrange_all(int64_t steps, int threads, Arrange arrange) const {
-        share(count, count * steps < 1024 ? 1 : threads, arrange);
-    }
-    char* at(int64_t step, int64_t input) const { return values.data() + (step * padded + input) * step_bytes; }
-};
+// So many inputs as whole blocks hold.
+inline int64_t in_blocks(int64_t inputs) { return (inputs + block_inputs - 1) / block_inputs * block_inputs; }
 
 // Sixteen rows of sixteen 32-bit numbers become sixteen columns.
 HFL_INLINE inline void transpose(__m512i* v) {
@@ -83,13 +70,19 @@ template <int vectors> HFL_INLINE inline char* place(char* panel, int64_t k, int
     return panel + (k * vectors + v) * 64;
 }
 
+// Where a block of inputs lies, and how many bytes further the next input, and the next step of each.
+struct Block {
+    const char* first;
+    int64_t input_stride, step_stride;
+};
+
 // Adds steps first..last of a panel of so many vectors times a block of inputs to sums.
 template <class Dot, int vectors>
-HFL_INLINE inline void add_products(const char* panel, const char* in, int64_t in_stride, int64_t first, int64_t last,
-                                    const Ahead& ahead, typename Dot::Sum* sum) {
+HFL_INLINE inline void add_products(const char* panel, const Block& block, int64_t first, int64_t last, const Ahead& ahead,
+                                    typename Dot::Sum* sum) {
     panel += first * vector_rows * vectors * 64;
-    in += first * in_stride;
-    for (int64_t s = first; s < last; s++, in += in_stride) {
+    const char* in = block.first + first * block.step_stride;
+    for (int64_t s = first; s < last; s++, in += block.step_stride) {
         ahead.fetch(s);
         for (int k = 0; k < step_bytes; k += 4, panel += vectors * 64) {
             __m512i weights[vectors], inputs;
@@ -97,7 +90,7 @@ HFL_INLINE inline void add_products(const char* panel, const char* in, int64_t i
             for_sums<vectors>([&](auto i) HFL_INLINE {
                 if constexpr (i.value % vectors == 0) {
                     int32_t input;
-                    std::memcpy(&input, in + i.value / vectors * step_bytes + k, 4);
+                    std::memcpy(&input, in + i.value / vectors * block.input_stride + k, 4);
                     inputs = _mm512_set1_epi32(input);
                 }
                 sum[i.value] = Dot::add(sum[i.value], weights[i.value % vectors], inputs);
@@ -121,44 +114,62 @@ inline void store(void* y, int64_t first, const float* values, int count, int ty
     store_floats(y, first, values, count, type);
 }
 
-// Rows offers step_codes, step_words; Inputs; select(first row, count); decode<vectors>(v, count, step, n, panel): n
-// steps of the v-th vector of rows; multiply<vectors>(step, n, first input, panel, ahead, totals [input][row]): adds
-// them; finish(input, totals, count).
+// Rows offers step_codes, step_words; Inputs, with their count, also padded to whole blocks; select(first row, count);
+// decode<vectors>(v, count, step, n, panel): n steps of the v-th vector of rows; multiply<vectors>(step, n, first input,
+// panel, ahead, totals [input][row]): adds them; finish(input, totals, count). Where it begins, step 0 sets totals, and
+// a block of inputs is finished while it is in the first-level cache: 2 to 5 % of products of bfloat16, but the
+// compiler then takes integer sums out of their registers.
 template <class Rows> class PanelProduct {
   public:
     using Inputs = typename Rows::Inputs;
 
     PanelProduct(const hfl_matrix& w, const Inputs& x)
-        : w_(w), x_(x), rows_(w, x), totals_(x.steps.padded * panel_rows), panel_(run * panel_rows * step_bytes) {}
+        : w_(w), x_(x), rows_(w, x), totals_(x.padded * panel_rows), panel_(run * panel_rows * step_bytes) {}
 
     // y [input, row] of rows first..first + count; y_first: where its first input begins.
     void operator()(int64_t first, int count, void* y, int64_t y_first, int type) {
         rows_.select(first, count);
         const int vectors = (count + vector_rows - 1) / vector_rows;
-        if (vectors == 3) multiply<3>(first, count);
-        else if (vectors == 2) multiply<2>(first, count);
-        else multiply<1>(first, count);
-        for (int64_t i = 0; i < x_.steps.count; i++) {
-            float* totals = totals_.data() + i * vectors * vector_rows;
-            rows_.finish(i, totals, count);
-            store(y, y_first + i * w_.rows + first, totals, count, type);
-        }
+        const Results results{y, y_first + first, type, count};
+        if (vectors == 3) multiply<3>(first, results);
+        else if (vectors == 2) multiply<2>(first, results);
+        else multiply<1>(first, results);
     }
 
   private:
-    template <int vectors> void multiply(int64_t first, int count) {
+    struct Results {
+        void* y;
+        int64_t first;
+        int type, count;
+    };
+
+    template <int vectors> void multiply(int64_t first, const Results& results) {
         const int64_t steps = w_.columns / Rows::step_codes;
         const int64_t runs = (steps + run - 1) / run, most = (steps + runs - 1) / runs;  // of about one length
-        std::memset(totals_.data(), 0, static_cast<size_t>(x_.steps.padded * vectors * vector_rows) * sizeof(float));
+        if constexpr (!Rows::begins)
+            std::memset(totals_.data(), 0, static_cast<size_t>(x_.padded * vectors * vector_rows) * sizeof(float));
         for (int64_t step = 0; step < steps; step += most) {
             const int64_t n = std::min(most, steps - step);
             for (int v = 0; v < vectors; v++)
-                rows_.template decode<vectors>(v, std::min(vector_rows, count - v * vector_rows), step, n, panel_.data());
+                rows_.template decode<vectors>(v, std::min(vector_rows, results.count - v * vector_rows), step, n,
+                                               panel_.data());
             const uint32_t* following = w_.codes + first * w_.words + (step + n) * Rows::step_words;
-            Ahead ahead{step + n < steps ? following : nullptr, w_.words, Rows::step_words, count};
-            for (int64_t i = 0; i < x_.steps.padded; i += block_inputs, ahead.codes = nullptr)
+            Ahead ahead{step + n < steps ? following : nullptr, w_.words, Rows::step_words, results.count};
+            for (int64_t i = 0; i < x_.padded; i += block_inputs, ahead.codes = nullptr) {
                 rows_.template multiply<vectors>(step, n, i, panel_.data(), ahead,
                                                  totals_.data() + i * vectors * vector_rows);
+                if (Rows::begins && step + n == steps)
+                    finish<vectors>(i, std::min(i + block_inputs, x_.count), results);
+            }
+        }
+        if constexpr (!Rows::begins) finish<vectors>(0, x_.count, results);
+    }
+
+    template <int vectors> void finish(int64_t input, int64_t last, const Results& results) {
+        for (; input < last; input++) {
+            float* totals = totals_.data() + input * vectors * vector_rows;
+            rows_.finish(input, totals, results.count);
+            store(results.y, results.first + input * w_.rows, totals, results.count, results.type);
         }
     }
 
@@ -175,14 +186,15 @@ template <template <class> class Rows, class Inputs, class WithDecoder, class Ma
 void multiply_panels(const hfl_matrix* const* matrices, int count, int64_t m, void* const* y, int type, int threads,
                      WithDecoder with_decoder, Make make, Alike alike) {
     for (int64_t m0 = 0; m0 < m; m0 += most_inputs) {
+        const int64_t n = std::min(most_inputs, m - m0);
         std::vector<std::shared_ptr<Inputs>> inputs(static_cast<size_t>(count));
         for (int i = 0; i < count; i++) {
             if (i && alike(*matrices[i - 1], *matrices[i])) { inputs[i] = inputs[i - 1]; continue; }
             with_decoder(*matrices[i], [&](auto decoder) {
-                inputs[i] = std::make_shared<Inputs>(make(decoder, *matrices[i], m0, std::min(most_inputs, m - m0)));
+                inputs[i] = std::make_shared<Inputs>(make(decoder, *matrices[i], m0, n));
             });
         }
-        share_rows(matrices, count, threads, panel_rows, [&](int i, int64_t first, int64_t last) {
+        share_rows(matrices, count, n, threads, panel_rows, [&](int i, int64_t first, int64_t last) {
             const hfl_matrix& w = *matrices[i];
             with_decoder(w, [&](auto decoder) {
                 PanelProduct<Rows<typename decltype(decoder)::type>> product(w, *inputs[i]);

@@ -13,29 +13,40 @@ struct Bfloat16Dot {
     }
 };
 
-struct Bfloat16StepInputs {
+// Inputs where they lie, but for the last ones that fill no block: these are copied and filled up with zeros.
+class Bfloat16Inputs {
+  public:
     static constexpr int codes = 32;
-    StepInputs steps;
+    int64_t count, padded;
 
-    template <class Decoder>
-    Bfloat16StepInputs(Type<Decoder>, const hfl_matrix& w, const uint16_t* x, int64_t stride, int64_t m, int threads)
-        : steps(m, w.columns / codes) {
-        alignas(64) uint16_t from[codes];
-        for (int e = 0; e < codes; e++) from[e] = static_cast<uint16_t>(Decoder::position(e));
-        const __m512i order = _mm512_load_si512(from);
-        steps.arrange_all(w.columns / codes, threads, [&](int64_t i) {
-            for (int64_t s = 0; s < w.columns / codes; s++) {
-                const __m512i values = _mm512_loadu_si512(x + i * stride + s * codes);
-                _mm512_store_si512(steps.at(s, i), _mm512_permutexvar_epi16(order, values));
-            }
-        });
+    Bfloat16Inputs(const uint16_t* x, int64_t stride, int64_t m, int64_t columns)
+        : count(m), padded(in_blocks(m)), x_(x), stride_(stride), columns_(columns),
+          last_(m == padded ? 0 : block_inputs * columns) {
+        if (m == padded) return;
+        const auto bytes = static_cast<size_t>(columns) * sizeof(uint16_t);
+        std::memset(last_.data(), 0, block_inputs * bytes);
+        for (int64_t i = padded - block_inputs; i < m; i++)
+            std::memcpy(last_.data() + i % block_inputs * columns, x + i * stride, bytes);
     }
+    // A block from that step on, as add_products reads it.
+    Block block(int64_t input, int64_t step) const {
+        const bool is_copied = input + block_inputs > count;
+        const uint16_t* first = is_copied ? last_.data() : x_ + input * stride_;
+        return {reinterpret_cast<const char*>(first + step * codes),
+                (is_copied ? columns_ : stride_) * static_cast<int64_t>(sizeof(uint16_t)), step_bytes};
+    }
+
+  private:
+    const uint16_t* x_;
+    int64_t stride_, columns_;
+    Aligned<uint16_t> last_;
 };
 
 template <class Decoder> class Bfloat16Rows {
   public:
-    static constexpr int step_codes = Bfloat16StepInputs::codes, step_words = Decoder::words;
-    using Inputs = Bfloat16StepInputs;
+    static constexpr int step_codes = Bfloat16Inputs::codes, step_words = Decoder::words;
+    static constexpr bool begins = true;
+    using Inputs = Bfloat16Inputs;
 
     Bfloat16Rows(const hfl_matrix& w, const Inputs& x)
         : w_(w), x_(x), decoders_(vector_rows, Decoder(w)), group_steps_(w.columns / w.groups / step_codes) {
@@ -64,16 +75,17 @@ template <class Decoder> class Bfloat16Rows {
             for (int r = 0; r < vector_rows; r++) columns[r] = part[r];
             transpose(columns);
             for (int k = 0; k < vector_rows; k++)
-                _mm512_store_si512(place<vectors>(panel, (s - step) * vector_rows + k, v), columns[k]);
+                _mm512_store_si512(place<vectors>(panel, (s - step) * vector_rows + Decoder::pair(k), v), columns[k]);
         }
     }
 
     template <int vectors>
     void multiply(int64_t step, int64_t n, int64_t input, const char* panel, const Ahead& ahead, float* totals) const {
         __m512 sum[block_inputs * vectors];
-        for_sums<vectors>([&](auto k) HFL_INLINE { sum[k.value] = _mm512_load_ps(totals + k.value * vector_rows); });
-        add_products<Bfloat16Dot, vectors>(panel, x_.steps.at(step, input), x_.steps.padded * step_bytes, 0, n, ahead,
-                                           sum);
+        for_sums<vectors>([&](auto k) HFL_INLINE {
+            sum[k.value] = step ? _mm512_load_ps(totals + k.value * vector_rows) : _mm512_setzero_ps();
+        });
+        add_products<Bfloat16Dot, vectors>(panel, x_.block(input, step), 0, n, ahead, sum);
         for_sums<vectors>([&](auto k) HFL_INLINE { _mm512_store_ps(totals + k.value * vector_rows, sum[k.value]); });
     }
 
@@ -90,12 +102,12 @@ template <class Decoder> class Bfloat16Rows {
 
 inline int linear_bfloat16_panels(const hfl_matrix* const* matrices, int count, const void* x, int64_t m, int64_t stride,
                                   void* const* y, int threads) {
-    multiply_panels<Bfloat16Rows, Bfloat16StepInputs>(
+    multiply_panels<Bfloat16Rows, Bfloat16Inputs>(
         matrices, count, m, y, HFL_BFLOAT16, threads, [](const hfl_matrix& w, auto use) { with_chunks(w, use); },
-        [&](auto decoder, const hfl_matrix& w, int64_t m0, int64_t n) {
-            return Bfloat16StepInputs(decoder, w, static_cast<const uint16_t*>(x) + m0 * stride, stride, n, threads);
+        [&](auto, const hfl_matrix& w, int64_t m0, int64_t n) {
+            return Bfloat16Inputs(static_cast<const uint16_t*>(x) + m0 * stride, stride, n, w.columns);
         },
-        [](const hfl_matrix& a, const hfl_matrix& b) { return a.bits == b.bits; });
+        [](const hfl_matrix&, const hfl_matrix&) { return true; });
     return 0;
 }
 

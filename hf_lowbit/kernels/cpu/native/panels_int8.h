@@ -38,41 +38,50 @@ template <int bits> struct ByteDecoder {
     }
 };
 
-struct ByteStepInputs {
-    StepInputs steps;
+// Inputs [step][input][64 bytes], codes in the order of the decoder; up to whole blocks, the last ones zeros.
+struct ByteInputs {
+    int64_t count, padded;
     bool grouped;
+    Aligned<char> values;
     Aligned<uint32_t> before;  // [step, input]: 128 times the sum of what comes before it, modulo 2^32
     Aligned<float> scale;      // [1 or group, input]
 
     template <class Decoder>
-    ByteStepInputs(Type<Decoder>, const hfl_matrix& w, const int8_t* x, const float* x_scale, int64_t x_groups, int64_t m,
+    ByteInputs(Type<Decoder>, const hfl_matrix& w, const int8_t* x, const float* x_scale, int64_t x_groups, int64_t m,
                    int threads)
-        : steps(m, w.columns / byte_codes), grouped(x_groups > 1),
-          before((w.columns / byte_codes + 1) * steps.padded), scale(x_groups * steps.padded) {
+        : count(m), padded(in_blocks(m)), grouped(x_groups > 1), values(w.columns * padded),
+          before((w.columns / byte_codes + 1) * padded), scale(x_groups * padded) {
+        const int64_t steps = w.columns / byte_codes;
         alignas(64) uint8_t from[byte_codes];
         for (int e = 0; e < byte_codes; e++) from[e] = static_cast<uint8_t>(Decoder::position(e));
         const __m512i order = _mm512_load_si512(from), sign = _mm512_set1_epi8(-128);
-        std::fill(before.data(), before.data() + (w.columns / byte_codes + 1) * steps.padded, 0u);
-        std::fill(scale.data(), scale.data() + x_groups * steps.padded, 0.0f);
-        steps.arrange_all(w.columns / byte_codes, threads, [&](int64_t i) {
+        for (int64_t s = 0; s < steps; s++) std::memset(at(s, m), 0, static_cast<size_t>((padded - m) * step_bytes));
+        std::fill(before.data(), before.data() + (steps + 1) * padded, 0u);
+        std::fill(scale.data(), scale.data() + x_groups * padded, 0.0f);
+        auto arrange = [&](int64_t i) {
             uint32_t sum = 0;
-            for (int64_t s = 0; s < w.columns / byte_codes; s++) {
+            for (int64_t s = 0; s < steps; s++) {
                 const __m512i codes = _mm512_loadu_si512(x + i * w.columns + s * byte_codes);
-                _mm512_store_si512(steps.at(s, i), _mm512_permutexvar_epi8(order, codes));
-                before.data()[s * steps.padded + i] = sum;
+                _mm512_store_si512(at(s, i), _mm512_permutexvar_epi8(order, codes));
+                before.data()[s * padded + i] = sum;
                 sum += static_cast<uint32_t>(
                     _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), sign, codes)));
             }
-            before.data()[w.columns / byte_codes * steps.padded + i] = sum;
-            for (int64_t g = 0; g < x_groups; g++) scale.data()[g * steps.padded + i] = x_scale[i * x_groups + g];
-        });
+            before.data()[steps * padded + i] = sum;
+            for (int64_t g = 0; g < x_groups; g++) scale.data()[g * padded + i] = x_scale[i * x_groups + g];
+        };
+        share(m, m * steps < 1024 ? 1 : threads, arrange);  // a few are done before another thread is awake
     }
+    char* at(int64_t step, int64_t input) const { return values.data() + (step * padded + input) * step_bytes; }
+    // A block from that step on, as add_products reads it.
+    Block block(int64_t input, int64_t step) const { return {at(step, input), step_bytes, padded * step_bytes}; }
 };
 
 template <class Decoder> class ByteRows {
   public:
     static constexpr int step_codes = byte_codes, step_words = Decoder::words;
-    using Inputs = ByteStepInputs;
+    static constexpr bool begins = false;
+    using Inputs = ByteInputs;
 
     ByteRows(const hfl_matrix& w, const Inputs& x)
         : w_(w), x_(x), weights_(Decoder::weights(w)), scales_(w), group_steps_(w.columns / w.groups / byte_codes),
@@ -113,7 +122,7 @@ template <class Decoder> class ByteRows {
 
     template <int vectors>
     void multiply(int64_t step, int64_t n, int64_t input, const char* panel, const Ahead& ahead, float* totals) const {
-        const int64_t padded = x_.steps.padded;
+        const int64_t padded = x_.padded;
         for (int64_t s = step, next; s < step + n; s = next) {
             const int64_t group = s / group_steps_;
             next = std::min(step + n, (group + 1) * group_steps_);
@@ -123,8 +132,7 @@ template <class Decoder> class ByteRows {
             for_sums<vectors>([&](auto i) HFL_INLINE {
                 sum[i.value] = _mm512_set1_epi32(minus_sum(i.value / vectors));
             });
-            add_products<ByteDot, vectors>(panel, x_.steps.at(step, input), padded * step_bytes, s - step, next - step,
-                                           ahead, sum);
+            add_products<ByteDot, vectors>(panel, x_.block(input, step), s - step, next - step, ahead, sum);
             const float *scale = scale_.data() + group * panel_rows, *zero = zero_.data() + group * panel_rows;
             const float* x_scale = x_.scale.data() + (x_.grouped ? group * padded : 0) + input;
             auto add = [&](int i, __m512 value, __m512 factor) HFL_INLINE {
@@ -166,12 +174,11 @@ template <class Decoder> class ByteRows {
 
 inline int linear_byte_panels(const hfl_matrix* const* matrices, int count, const int8_t* x, const float* x_scale,
                               int64_t x_groups, int64_t m, int type, void* const* y, int threads) {
-    multiply_panels<ByteRows, ByteStepInputs>(
+    multiply_panels<ByteRows, ByteInputs>(
         matrices, count, m, y, type, threads,
         [](const hfl_matrix& w, auto use) { with_byte_decoder<ByteDecoder, true>(w, use); },
         [&](auto decoder, const hfl_matrix& w, int64_t m0, int64_t n) {
-            return ByteStepInputs(decoder, w, x + m0 * w.columns, x_scale + m0 * x_groups, x_groups, n,
-                                  threads);
+            return ByteInputs(decoder, w, x + m0 * w.columns, x_scale + m0 * x_groups, x_groups, n, threads);
         },
         [](const hfl_matrix& a, const hfl_matrix& b) { return a.bits == b.bits; });
     return 0;
