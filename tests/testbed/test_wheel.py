@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -56,9 +58,20 @@ def test_what_pip_says_is_in_the_error(pinned: Wheel, target: Path) -> None:
 
 
 def test_without_pip_the_way_to_it_is_named(pinned: Wheel, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wheel.PathFinder, "find_spec", lambda name: None)
     with pytest.raises(FetchError, match="ensurepip"):
         download_wheel(pinned, target)
+
+
+def test_afterwards_setuptools_can_be_imported(pinned: Wheel, target: Path) -> None:
+    """Compiling needs it. Once it has heard of pip it gives way to the standard library's distutils, and then fails."""
+    program = f"""
+from pathlib import Path
+from hf_lowbit.testbed.wheel import Wheel, download_wheel
+download_wheel({pinned!r}, Path({str(target)!r}))
+import setuptools
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_missing_member_or_a_broken_archive_is_an_error(pinned: Wheel, target: Path) -> None:
