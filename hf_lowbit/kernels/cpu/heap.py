@@ -12,7 +12,7 @@ def keep_freed_memory() -> None:
 
     glibc begins with 128 kB, and goes on with as much as the largest block that a process has freed so far. A float
     model's weights and its products' buffers are such blocks. Packed weights are small: the layers of a prompt of 512
-    tokens then get every result in new pages, which the system has to clear, at a tenth of the whole time. Whoever sets
+    tokens then get every result in new pages, which the system has to clear first. Whoever sets
     ``MALLOC_MMAP_THRESHOLD_`` or ``MALLOC_TRIM_THRESHOLD_`` has decided this before: then nothing changes, nor does it
     with other C libraries.
     """
