@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 PAGES_OF_A_LAYER = 4 * (2 << 20) // 4096
 PROGRAM = """
 import resource
@@ -31,7 +29,6 @@ print(faults() - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults are counted otherwise")
 def test_freed_memory_is_used_again_without_new_pages() -> None:
     """Without the library, or before it keeps memory, mostly all pages of all fifty layers are new ones."""
     environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
