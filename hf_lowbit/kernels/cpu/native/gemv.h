@@ -14,7 +14,6 @@
 namespace {
 
 constexpr int tile_rows = 16;
-constexpr int64_t words_ahead = 2048;  // of codes, at least: memory takes as long to answer
 constexpr int64_t short_words = 128;   // of a row, less: what begins and ends with it counts
 
 // Rows of y = x w^T for the inputs m0..m0+M, in tiles of sixteen. Two rows go together, four where they are short or have
@@ -75,7 +74,7 @@ template <class Way, int M> class TileProduct {
         const int64_t whole = is_within ? last : std::min(last, w_.words / Way::block_words);
         const uint32_t* words = w_.codes + row * w_.words;
         if constexpr (M == 1)  // what more inputs wait for is arithmetic
-            prefetch_pages(words + first * Way::block_words + words_ahead, R * (last - first) * Way::block_words * 4);
+            prefetch_pages(words + first * Way::block_words + ahead_.words, R * (last - first) * Way::block_words * 4);
         add_scaled<R>(words + first * Way::block_words, w_.words, at, first, whole);
         if (whole == last) return;
         uint32_t tail[R * Way::block_words] = {};  // the last block is not all there
@@ -105,8 +104,10 @@ template <class Way, int M> class TileProduct {
         const float* inputs = x_.values.data() + m0_ * x_.stride + first * block * M;
         const int32_t *groups = geometry_.first.data(), *lanes = geometry_.lane.data();
         // Rows that come next, in the order in which they lie, which memory answers fastest.
-        const uint32_t* next = words + ((words_ahead - 1) / (R * row_words) + 1) * R * row_words;
-        const bool pass_caches = may_pass && passes_;
+        const int64_t rows_words = R * row_words;
+        const uint32_t* next = words + ((ahead_.words - 1) / rows_words + 1) * rows_words;
+        const uint32_t* near = words + ((near_words - 1) / rows_words + 1) * rows_words;
+        const ReadAhead::Into into = may_pass || ahead_.into != ReadAhead::past_caches ? ahead_.into : ReadAhead::all_caches;
         const Way way = way_;  // in registers
         const int type = w_.scale_type;
         const char* scale[R];
@@ -121,10 +122,9 @@ template <class Way, int M> class TileProduct {
         for (int k = sums; k < sums * chains; k++) sum[k] = Way::zero();
         const int32_t* starts = x_.starts_of(m0_, M, first);
         for (int64_t b = first; b < last; b++, words += Way::block_words, inputs += block * M) {
-            for (int k = 0; k < R * Way::block_words; k += 16)
-                if (pass_caches) __builtin_prefetch(next + k, 0, 0);
-                else __builtin_prefetch(next + k);
+            for (int k = 0; k < R * Way::block_words; k += 16) prefetch(next + k, near + k, into);
             next += R * Way::block_words;
+            near += R * Way::block_words;
             if constexpr (scaling == per_row) {
                 add_block<R, chains>(way, words, row_words, inputs, sum);
                 continue;
@@ -208,7 +208,7 @@ template <class Way, int M> class TileProduct {
     float value_shift_;
     TileScales scales_;
     const bool reads_on_;  // beyond the end of a row
-    const bool passes_ = x_.batch <= M && codes_pass_caches();  // no further pass reads codes again
+    const ReadAhead ahead_ = ReadAhead::of_codes(x_.batch <= M);
     union {
         Float total;  // of scaled blocks
         Sum sum;      // where rows have one scale
