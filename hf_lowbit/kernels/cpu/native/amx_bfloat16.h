@@ -44,13 +44,11 @@ template <class Decoder> class ChunkProduct {
   public:
     ChunkProduct(const hfl_matrix& w, const ChunkInputs& x)
         : w_(w), x_(x), decoder_(w), group_chunks_(w.columns / w.groups / chunk_codes),
-          has_zero_(w.zero_kind != HFL_NO_ZERO) {
-        for (int r = 0; r < tile_rows; r++) scales_.emplace_back(w);
-    }
+          has_zero_(w.zero_kind != HFL_NO_ZERO), scales_(w, tile_rows) {}
 
     // Sums [tile of inputs][row][input] of rows first..first + count; of one tile, four sums to be added up.
     void operator()(int64_t first, int count, float* sums) {
-        for (int r = 0; r < count; r++) scales_[r].select(first + r);
+        for (int r = 0; r < count; r++) scales_.select(first + r, r);
         const int64_t chunks = w_.columns / chunk_codes;
         uint16_t *current = weights_[0], *following = weights_[1];  // loading what was just stored takes twice as long
         decode_run(first, count, 0, chunks, current);
@@ -84,8 +82,8 @@ template <class Decoder> class ChunkProduct {
         Decoder decode = decoder_;  // in registers
         for (int r = 0; r < count; r++, p += row_words, out += chunk_codes) {
             for (int k = 0; k < run * words; k += 16) _mm_prefetch(p + next_tile + k, _MM_HINT_T1);
-            const float* scale = scales_[r].scale.data() + first_group;
-            const float* zero = has_zero_ ? scales_[r].zero.data() + first_group : nullptr;
+            const float* scale = scales_.scale(r) + first_group;
+            const float* zero = has_zero_ ? scales_.zero(r) + first_group : nullptr;
             for (int c = 0, left = first_left; c < n; left = std::min(later, n - c), scale++) {
                 decode.group(*scale, zero);
                 if (zero) zero++;
@@ -134,7 +132,7 @@ template <class Decoder> class ChunkProduct {
     const Decoder decoder_;
     const int64_t group_chunks_;
     const bool has_zero_;
-    std::vector<RowScales> scales_;
+    RowScales scales_;
     alignas(64) uint16_t weights_[2][run * tile_rows * chunk_codes];
 };
 

@@ -84,13 +84,12 @@ struct ByteInputs {
 template <class Decoder> class ByteProduct {
   public:
     ByteProduct(const hfl_matrix& w, const ByteInputs& x)
-        : w_(w), x_(x), decoder_(w), steps_(w.columns / byte_codes), group_steps_(steps_ / w.groups) {
-        for (int r = 0; r < tile_rows; r++) scales_.emplace_back(w);
-    }
+        : w_(w), x_(x), decoder_(w), steps_(w.columns / byte_codes), group_steps_(steps_ / w.groups),
+          scales_(w, tile_rows) {}
 
     // y of rows first..first + count, by tiles of inputs [tile][row][input].
     void operator()(int64_t first, int count, float* totals) {
-        for (int r = 0; r < count; r++) scales_[r].select(first + r);
+        for (int r = 0; r < count; r++) scales_.select(first + r, r);
         std::fill(totals, totals + x_.tiles * tile_rows * tile_inputs, 0.0f);
         int8_t *current = weights_[0], *following = weights_[1];  // loading what was just stored takes twice as long
         decode_run(first, count, 0, current);
@@ -108,7 +107,7 @@ template <class Decoder> class ByteProduct {
         }
     }
 
-    const RowScales& scales(int r) const { return scales_[r]; }
+    const RowScales& scales() const { return scales_; }
 
   private:
     static constexpr int run = 16;  // the sums of 1024 products of bytes are exact in float32
@@ -156,7 +155,7 @@ template <class Decoder> class ByteProduct {
         tiles_meet_memory();
         const int tiles = std::min(sum_tiles, x_.tiles - first_tile);
         for (int r = 0; r < count; r++) {
-            const __m512 scale = _mm512_set1_ps(scales_[r].scale[static_cast<size_t>(group)]);
+            const __m512 scale = _mm512_set1_ps(scales_.scale(r)[group]);
             for (int t = 0; t < tiles; t++) {
                 float* total = totals + ((first_tile + t) * tile_rows + r) * tile_inputs;
                 const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums_ + (t * tile_rows + r) * tile_inputs));
@@ -169,7 +168,7 @@ template <class Decoder> class ByteProduct {
     const ByteInputs& x_;
     const Decoder decoder_;
     const int64_t steps_, group_steps_;
-    std::vector<RowScales> scales_;
+    RowScales scales_;
     alignas(64) int8_t weights_[2][run * tile_rows * byte_codes];
     alignas(64) int32_t sums_[sums_size];
 };
@@ -189,7 +188,7 @@ void multiply_bytes(const hfl_matrix& w, const ByteInputs& x, int64_t first, int
             for (int64_t i = 0; i < x.count; i++) {
                 float result = totals[(i / tile_inputs * tile_rows + r) * tile_inputs + i % tile_inputs] * unit;
                 for (int64_t g = 0; w.zero_kind != HFL_NO_ZERO && g < w.groups; g++)
-                    result -= product.scales(r).scale[g] * product.scales(r).zero[g] * x.sums[i * w.groups + g];
+                    result -= product.scales().scale(r)[g] * product.scales().zero(r)[g] * x.sums[i * w.groups + g];
                 store_float(y, y_first + i * w.rows + row + r, result * x.scale[i], type);
             }
     }

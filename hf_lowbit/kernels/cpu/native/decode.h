@@ -22,7 +22,7 @@ class RowDecoder {
             const int64_t group = w_.columns / w_.groups;
             for (int64_t g = 0; g < w_.groups; g++) {
                 const bool shifted = w_.zero_kind != HFL_NO_ZERO;
-                const float scale = scales_.scale[g], zero = shifted ? scales_.zero[g] : 0.0f;
+                const float scale = scales_.scale()[g], zero = shifted ? scales_.zero()[g] : 0.0f;
                 const int64_t end = (g + 1) * group;
                 int64_t k = g * group;
                 for (; k + Simd::lanes <= end; k += Simd::lanes) {

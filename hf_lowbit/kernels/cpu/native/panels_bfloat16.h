@@ -49,26 +49,26 @@ template <class Decoder> class Bfloat16Rows {
     using Inputs = Bfloat16Inputs;
 
     Bfloat16Rows(const hfl_matrix& w, const Inputs& x)
-        : w_(w), x_(x), decoders_(vector_rows, Decoder(w)), group_steps_(w.columns / w.groups / step_codes) {
-        for (int r = 0; r < panel_rows; r++) scales_.emplace_back(w);
-    }
+        : w_(w), x_(x), scales_(w, panel_rows), decoders_(vector_rows, Decoder(w)),
+          group_steps_(w.columns / w.groups / step_codes) {}
 
     void select(int64_t first, int count) {
         first_ = first;
-        for (int r = 0; r < count; r++) scales_[static_cast<size_t>(r)].select(first + r);
+        for (int r = 0; r < count; r++) scales_.select(first + r, r);
     }
 
     template <int vectors> void decode(int v, int count, int64_t step, int64_t n, char* panel) {
         const uint32_t* first = w_.codes + (first_ + v * vector_rows) * w_.words;
+        const bool has_zero = w_.zero_kind != HFL_NO_ZERO;
         __m512i part[vector_rows] = {};
         for (int64_t s = step, group = -1; s < step + n; s++) {
             const bool changes = group != s / group_steps_;
             group = s / group_steps_;
             for (int r = 0; r < count; r++) {
-                const RowScales& scales = scales_[static_cast<size_t>(v * vector_rows + r)];
+                const int row = v * vector_rows + r;
                 if (changes)
-                    decoders_[static_cast<size_t>(r)].group(scales.scale[static_cast<size_t>(group)],
-                                                            scales.zero.empty() ? nullptr : scales.zero.data() + group);
+                    decoders_[static_cast<size_t>(r)].group(scales_.scale(row)[group],
+                                                            has_zero ? scales_.zero(row) + group : nullptr);
                 part[r] = decoders_[static_cast<size_t>(r)](first + r * w_.words + s * Decoder::words);
             }
             __m512i columns[vector_rows];
@@ -82,21 +82,41 @@ template <class Decoder> class Bfloat16Rows {
     template <int vectors>
     void multiply(int64_t step, int64_t n, int64_t input, const char* panel, const Ahead& ahead, float* totals) const {
         __m512 sum[block_inputs * vectors];
-        for_sums<vectors>([&](auto k) HFL_INLINE {
-            sum[k.value] = step ? _mm512_load_ps(totals + k.value * vector_rows) : _mm512_setzero_ps();
-        });
-        add_products<Bfloat16Dot, vectors>(panel, x_.block(input, step), 0, n, ahead, sum);
+        add<vectors>(step, n, input, panel, ahead, totals, sum);
         for_sums<vectors>([&](auto k) HFL_INLINE { _mm512_store_ps(totals + k.value * vector_rows, sum[k.value]); });
+    }
+
+    // To y [input, row], where the first input and row of the block begin at `first`.
+    template <int vectors>
+    void multiply_last(int64_t step, int64_t n, int64_t input, const char* panel, const Ahead& ahead, const float* totals,
+                       void* y, int64_t first) const {
+        __m512 sum[block_inputs * vectors];
+        uint16_t* out = static_cast<uint16_t*>(y) + first;
+        add<vectors>(step, n, input, panel, ahead, totals, sum);
+        for_sums<vectors>([&](auto k) HFL_INLINE {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k.value % vectors * vector_rows),
+                                reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum[k.value])));
+            if constexpr (k.value % vectors == vectors - 1) out += w_.rows;
+        });
     }
 
     void finish(int64_t, float*, int) const {}
 
   private:
+    template <int vectors>
+    HFL_INLINE void add(int64_t step, int64_t n, int64_t input, const char* panel, const Ahead& ahead, const float* totals,
+                        __m512* sum) const {
+        for_sums<vectors>([&](auto k) HFL_INLINE {
+            sum[k.value] = step ? _mm512_load_ps(totals + k.value * vector_rows) : _mm512_setzero_ps();
+        });
+        add_products<Bfloat16Dot, vectors>(panel, x_.block(input, step), 0, n, ahead, sum);
+    }
+
     const hfl_matrix& w_;
     const Inputs& x_;
+    RowScales scales_;
     std::vector<Decoder> decoders_;  // of the rows of a vector
     const int64_t group_steps_;
-    std::vector<RowScales> scales_;
     int64_t first_ = 0;
 };
 

@@ -96,9 +96,9 @@ template <class Decoder> class ByteRows {
         for (int r = 0; r < count; r++) {
             scales_.select(first + r);
             for (int64_t g = 0; g < w_.groups; g++) {
-                const float scale = scales_.scale[static_cast<size_t>(g)];
+                const float scale = scales_.scale()[g];
                 scale_.data()[g * panel_rows + r] = scale * unit;
-                if (has_zero()) zero_.data()[g * panel_rows + r] = scale * scales_.zero[static_cast<size_t>(g)] / 128;
+                if (has_zero()) zero_.data()[g * panel_rows + r] = scale * scales_.zero()[g] / 128;
             }
         }
     }

@@ -18,33 +18,37 @@ inline void unpack_zeros(const hfl_matrix& w, int64_t row, uint8_t* out) {
     unpack_dense(w.bits, static_cast<const uint32_t*>(w.zeros) + row * words, words, w.groups, out);
 }
 
-// Those of one row in floats.
-struct RowScales {
-    AlignedVector<float> scale, zero;
-    const hfl_matrix& w;
-
-    explicit RowScales(const hfl_matrix& matrix) : w(matrix) {
-        scale.resize(static_cast<size_t>(w.groups));
-        if (w.zero_kind != HFL_NO_ZERO) zero.resize(static_cast<size_t>(w.groups));
+// Those of some rows in floats, in as many places.
+class RowScales {
+  public:
+    explicit RowScales(const hfl_matrix& w, int64_t places = 1)
+        : w_(w), scale_(places * w.groups), zero_(w.zero_kind == HFL_NO_ZERO ? 0 : places * w.groups) {
         if (w.zero_kind == HFL_PACKED_ZERO) codes_.resize(static_cast<size_t>(w.groups + 8));
-        if (w.one_scale) read(0);
+        for (int64_t at = 0; w.one_scale && at < places; at++) read(0, at);
     }
-    void select(int64_t row) {
-        if (!w.one_scale) read(row);
+    void select(int64_t row, int64_t at = 0) {
+        if (!w_.one_scale) read(row, at);
+    }
+    const float* scale(int64_t at = 0) const { return scale_.data() + at * w_.groups; }
+    const float* zero(int64_t at = 0) const {  // null: there are none
+        return w_.zero_kind == HFL_NO_ZERO ? nullptr : zero_.data() + at * w_.groups;
     }
 
   private:
-    void read(int64_t row) {
-        const int64_t bytes = w.groups * scale_bytes(w);
-        const char* next = static_cast<const char*>(w.scales) + (row + 1) * bytes;
+    void read(int64_t row, int64_t at) {
+        const int64_t bytes = w_.groups * scale_bytes(w_);
+        const char* next = static_cast<const char*>(w_.scales) + (row + 1) * bytes;
         for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
-        load_floats(scale.data(), w.scales, row * w.groups, w.groups, w.scale_type);
-        if (w.zero_kind == HFL_REAL_ZERO) load_floats(zero.data(), w.zeros, row * w.groups, w.groups, w.scale_type);
-        if (w.zero_kind != HFL_PACKED_ZERO) return;
-        unpack_zeros(w, row, codes_.data());
-        for (size_t g = 0; g < zero.size(); g++) zero[g] = w.table[codes_[g]];
+        load_floats(scale_.data() + at * w_.groups, w_.scales, row * w_.groups, w_.groups, w_.scale_type);
+        float* zero = zero_.data() + at * w_.groups;
+        if (w_.zero_kind == HFL_REAL_ZERO) load_floats(zero, w_.zeros, row * w_.groups, w_.groups, w_.scale_type);
+        if (w_.zero_kind != HFL_PACKED_ZERO) return;
+        unpack_zeros(w_, row, codes_.data());
+        for (int64_t g = 0; g < w_.groups; g++) zero[g] = w_.table[codes_[static_cast<size_t>(g)]];
     }
 
+    const hfl_matrix& w_;
+    Aligned<float> scale_, zero_;
     std::vector<uint8_t> codes_;
 };
 
