@@ -107,7 +107,7 @@ template <class Way, int M> class TileProduct {
         const int64_t rows_words = R * row_words;
         const uint32_t* next = words + ((ahead_.words - 1) / rows_words + 1) * rows_words;
         const uint32_t* near = words + ((near_words - 1) / rows_words + 1) * rows_words;
-        const ReadAhead::Into into = may_pass || ahead_.into != ReadAhead::past_caches ? ahead_.into : ReadAhead::all_caches;
+        const ReadAhead::Into into = ahead_.into;
         const Way way = way_;  // in registers
         const int type = w_.scale_type;
         const char* scale[R];
@@ -208,7 +208,7 @@ template <class Way, int M> class TileProduct {
     float value_shift_;
     TileScales scales_;
     const bool reads_on_;  // beyond the end of a row
-    const ReadAhead ahead_ = ReadAhead::of_codes(x_.batch <= M);
+    const ReadAhead ahead_ = ReadAhead::of_codes(may_pass && x_.batch <= M);  // no further pass reads codes again
     union {
         Float total;  // of scaled blocks
         Sum sum;      // where rows have one scale

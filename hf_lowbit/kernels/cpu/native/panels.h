@@ -150,6 +150,7 @@ template <class Rows> class PanelProduct {
             std::memset(totals_.data(), 0, static_cast<size_t>(x_.padded * vectors * vector_rows) * sizeof(float));
         for (int64_t step = 0; step < steps; step += most) {
             const int64_t n = std::min(most, steps - step);
+            const bool ends = Rows::begins && step + n == steps;
             for (int v = 0; v < vectors; v++)
                 rows_.template decode<vectors>(v, std::min(vector_rows, results.count - v * vector_rows), step, n,
                                                panel_.data());
@@ -158,14 +159,13 @@ template <class Rows> class PanelProduct {
             for (int64_t i = 0; i < x_.padded; i += block_inputs, ahead.codes = nullptr) {
                 float* totals = totals_.data() + i * vectors * vector_rows;
                 if constexpr (Rows::begins)
-                    if (step + n == steps && results.count == vectors * vector_rows && i + block_inputs <= x_.count) {
+                    if (ends && results.count == vectors * vector_rows && i + block_inputs <= x_.count) {
                         rows_.template multiply_last<vectors>(step, n, i, panel_.data(), ahead, totals, results.y,
                                                               results.first + i * w_.rows);
                         continue;
                     }
                 rows_.template multiply<vectors>(step, n, i, panel_.data(), ahead, totals);
-                if (Rows::begins && step + n == steps)
-                    finish<vectors>(i, std::min(i + block_inputs, x_.count), results);
+                if (ends) finish<vectors>(i, std::min(i + block_inputs, x_.count), results);
             }
         }
         if constexpr (!Rows::begins) finish<vectors>(0, x_.count, results);

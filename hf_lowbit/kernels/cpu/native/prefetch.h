@@ -24,15 +24,15 @@ struct ReadAhead {
     // Zen 5, where models that fit into these caches are still found there. Other processors may drop such lines instead
     // of handing them on, and would then read a small model from memory for every token.
     // second_level: there first, and shortly before they are needed into the first level. Measured on Zen 4, whose first
-    // level waits for too few lines at once: 10 to 30 % faster, of 2 to 4 bits, than past_caches.
+    // level waits for too few lines at once: 10 to 30 % faster, of 2 to 4 bits, than past_caches. Zen 3 is of its family.
     enum Into : char { all_caches, past_caches, second_level } into;
     int64_t words;  // that lie between, at least: memory takes as long to answer
 
-    static ReadAhead of_codes(bool are_read_once) {
+    static ReadAhead of_codes(bool may_pass_caches) {
 #if defined(HFL_X86)
-        static const bool is_zen_4 = __builtin_cpu_is("amdfam19h"), is_amd = __builtin_cpu_is("amd");
-        if (is_zen_4) return {second_level, 3072};
-        if (is_amd && are_read_once) return {past_caches, 2048};
+        static const bool is_zen_3_or_4 = __builtin_cpu_is("amdfam19h"), is_amd = __builtin_cpu_is("amd");
+        if (is_zen_3_or_4) return {second_level, 3072};
+        if (is_amd && may_pass_caches) return {past_caches, 2048};
 #endif
         return {all_caches, 2048};
     }
